@@ -1,0 +1,176 @@
+"""Differential and standard attention as plain functions of tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def compute_lambda(
+    lambda_q1: torch.Tensor,
+    lambda_k1: torch.Tensor,
+    lambda_q2: torch.Tensor,
+    lambda_k2: torch.Tensor,
+    lambda_init: float,
+) -> torch.Tensor:
+    """Return λ = exp(λ_q1 · λ_k1) − exp(λ_q2 · λ_k2) + λ_init, the weight of the second map.
+
+    Args:
+        lambda_q1, lambda_k1, lambda_q2, lambda_k2: Learned vectors, (head_dim,), any floating dtype.
+        lambda_init: The layer's constant.
+
+    Returns:
+        A tensor without dimensions, float32 whatever the vectors' dtype, since exp magnifies their rounding.
+
+    Source: paper arXiv 2503.06626, section 3; one λ a layer, shared by its head pairs.
+    """
+    first = torch.exp(torch.sum(lambda_q1.float() * lambda_k1.float()))
+    second = torch.exp(torch.sum(lambda_q2.float() * lambda_k2.float()))
+    return first - second + lambda_init
+
+
+def differential_attention_map(attentions: torch.Tensor, lambda_value: torch.Tensor | float) -> torch.Tensor:
+    """Combine the softmax maps of a layer into its differential maps, A1 − λ·A2.
+
+    Args:
+        attentions: Softmax maps as a model returns them, (batch, num_heads, query tokens, key tokens); maps 2i and
+            2i+1 are the first and second of pair i.
+        lambda_value: The layer's λ, for instance `attention_module.get_lambda()`.
+
+    Returns:
+        (batch, num_heads / 2, query tokens, key tokens), in the maps' dtype. Values may be negative; a row sums to
+        1 − λ.
+
+    Raises:
+        ValueError: The number of heads is odd, or `attentions` hasn't four dimensions.
+
+    Source: paper arXiv 2503.06626, section 3.
+    """
+    if attentions.ndim != 4 or attentions.shape[1] % 2 != 0:
+        raise ValueError(
+            f"attentions has shape {tuple(attentions.shape)}; it must be (batch, num_heads, tokens, tokens) with an "
+            "even num_heads."
+        )
+    if isinstance(lambda_value, torch.Tensor):
+        lambda_value = lambda_value.to(device=attentions.device, dtype=attentions.dtype)
+    return attentions[:, 0::2] - lambda_value * attentions[:, 1::2]
+
+
+def attention_maps(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Return softmax(query · keyᵀ · scaling + mask), computed in float32.
+
+    Args:
+        query, key: (batch, num_heads, tokens, head_dim).
+        attention_mask: Added to the scores, broadcastable to (batch, num_heads, tokens, tokens), or None.
+        scaling: Factor on the scores, head_dim^-0.5.
+
+    Returns:
+        (batch, num_heads, tokens, tokens), in the query's dtype; every row sums to 1.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard attention, softmax(q·kᵀ·scaling)·v, with the signature of Transformers' attention interface.
+
+    Args:
+        module: The attention module; dropout acts while it is in training.
+        query, key, value: (batch, num_heads, tokens, head_dim).
+        attention_mask: As in `attention_maps`.
+        scaling: Factor on the scores.
+        dropout: Probability with which an entry of the maps is dropped.
+
+    Returns:
+        The output, (batch, tokens, num_heads, head_dim), and the maps before dropout, (batch, num_heads, tokens,
+        tokens).
+    """
+    maps = attention_maps(query, key, attention_mask, scaling)
+    dropped = nn.functional.dropout(maps, p=dropout, training=module.training)
+    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), maps
+
+
+def eager_differential_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differential attention as the formula has it, (A1 − λ·A2)·v; the reference for every faster form.
+
+    Args:
+        module: The attention module; dropout acts while it is in training.
+        query, key: (batch, num_heads, tokens, head_dim); heads 2i and 2i+1 make the two maps of pair i.
+        value: (batch, num_heads / 2, tokens, 2 · head_dim).
+        attention_mask: As in `attention_maps`.
+        lambda_value: λ, without dimensions.
+        scaling: Factor on the scores.
+        dropout: Probability with which an entry of each map is dropped, before the subtraction.
+
+    Returns:
+        The output, (batch, tokens, num_heads / 2, 2 · head_dim), and the softmax maps before dropout,
+        (batch, num_heads, tokens, tokens).
+
+    Source: paper arXiv 2503.06626, section 3; the interleaved pairs are those of the released code.
+    """
+    maps = attention_maps(query, key, attention_mask, scaling)
+    dropped = nn.functional.dropout(maps, p=dropout, training=module.training)
+    output = torch.matmul(differential_attention_map(dropped, lambda_value), value)
+    return output.transpose(1, 2).contiguous(), maps
+
+
+def differential_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    attn_implementation: str = "eager",
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Differential attention under any implementation of Transformers' attention interface.
+
+    An implementation other than `"eager"` never sees the maps, so the subtraction moves behind the product with v:
+    (A1 − λ·A2)·v = A1·v − λ·(A2·v), in one call in which both heads of a pair have the pair's v.
+
+    The arguments and the output are those of `eager_differential_attention_forward`; the maps are None for every
+    implementation but `"eager"`.
+    """
+    if attn_implementation == "eager":
+        return eager_differential_attention_forward(
+            module, query, key, value, attention_mask, lambda_value, scaling, dropout
+        )
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS[attn_implementation]
+    heads, _ = attention_interface(
+        module,
+        query,
+        key,
+        value.repeat_interleave(2, dim=1),
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        **kwargs,
+    )
+    return heads[:, :, 0::2] - lambda_value.to(heads.dtype) * heads[:, :, 1::2], None

@@ -1,0 +1,891 @@
+"""PyTorch DiffCLIP: CLIP with differential attention, with the API of Transformers' CLIP."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_diffclip import compute_lambda, differential_attention_forward, eager_attention_forward
+from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+
+
+@dataclass
+class DiffCLIPVisionModelOutput(ModelOutput):
+    """Output of `DiffCLIPVisionModelWithProjection`.
+
+    Args:
+        image_embeds: Projected embeddings, not normalised, (batch, projection_dim).
+        last_hidden_state: Every token after the final LayerNorm, (batch, tokens, hidden_size); token 0 is the class.
+        hidden_states: The embeddings and each block's output before the final LayerNorm.
+        attentions: Each layer's softmax maps, (batch, num_heads, tokens, tokens); see `DiffCLIPDifferentialAttention`.
+    """
+
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class DiffCLIPTextModelOutput(ModelOutput):
+    """Output of `DiffCLIPTextModelWithProjection`.
+
+    Args:
+        text_embeds: Projected embeddings, not normalised, (batch, projection_dim).
+        last_hidden_state: Every token after the final LayerNorm, (batch, tokens, hidden_size).
+        hidden_states: The embeddings and each block's output before the final LayerNorm.
+        attentions: Each layer's softmax maps, (batch, num_heads, tokens, tokens); see `DiffCLIPDifferentialAttention`.
+    """
+
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class DiffCLIPOutput(ModelOutput):
+    """Output of `DiffCLIPModel`.
+
+    Args:
+        loss: Mean of the two cross-entropies, without dimensions; with `return_loss=True`.
+        logits_per_image: exp(logit_scale) · cosine similarity, (images, texts).
+        logits_per_text: The transpose, (texts, images).
+        text_embeds: L2-normalised, (texts, projection_dim).
+        image_embeds: L2-normalised, (images, projection_dim).
+        text_model_output: What `get_text_features` returned.
+        vision_model_output: What `get_image_features` returned.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are set, with the towers' outputs as tuples too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+def image_text_contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the text-to-image and image-to-text cross-entropies, where row i belongs to column i.
+
+    Args:
+        logits_per_text: Scaled similarities, (n, n), any floating dtype.
+
+    Returns:
+        A tensor without dimensions, in nats.
+
+    Source: Radford et al. 2021 (CLIP), figure 3; paper arXiv 2503.06626, section 3.
+    """
+    targets = torch.arange(len(logits_per_text), device=logits_per_text.device)
+    text_loss = nn.functional.cross_entropy(logits_per_text, targets)
+    image_loss = nn.functional.cross_entropy(logits_per_text.t(), targets)
+    return (text_loss + image_loss) / 2
+
+
+class DiffCLIPVisionEmbeddings(nn.Module):
+    """Patches, the class token and learned positions; the patch convolution has a bias, unlike CLIP's."""
+
+    def __init__(self, config: DiffCLIPVisionConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.grid_size = config.image_size // config.patch_size
+        self.num_positions = self.grid_size**2 + 1
+
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
+
+    def _positions(self, device: torch.device) -> torch.Tensor:
+        # Through the module's forward, not its weight: an offloaded weight is only there during the forward.
+        return self.position_embedding(torch.arange(self.num_positions, device=device)[None])
+
+    def interpolate_pos_encoding(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        """Return positions for an image of another size, by bicubic interpolation of the learned grid.
+
+        Args:
+            height, width: Of the image, in pixels.
+
+        Returns:
+            (1, 1 + patches, hidden_size); at the native size exactly the learned positions.
+        """
+        positions = self._positions(device)
+        new_height, new_width = height // self.patch_size, width // self.patch_size
+        if (new_height, new_width) == (self.grid_size, self.grid_size):
+            return positions
+        class_position, patch_positions = positions[:, :1], positions[:, 1:]
+        grid = patch_positions.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
+        # In float32, since bicubic weights lose too much in half precision.
+        grid = nn.functional.interpolate(
+            grid.float(), size=(new_height, new_width), mode="bicubic", align_corners=False
+        ).to(positions.dtype)
+        return torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        batch_size, _, height, width = pixel_values.shape
+        if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pixel_values is {height}x{width} pixels; it must be {self.image_size}x{self.image_size} "
+                "(config.image_size), or pass interpolate_pos_encoding=True."
+            )
+        if min(height, width) < self.patch_size:
+            raise ValueError(f"pixel_values is {height}x{width} pixels; each side must be at least {self.patch_size}.")
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, patches, hidden_size)
+        class_token = self.class_embedding.expand(batch_size, 1, -1)
+        if interpolate_pos_encoding:
+            positions = self.interpolate_pos_encoding(height, width, patches.device)
+        else:
+            positions = self._positions(patches.device)
+        return torch.cat([class_token, patches], dim=1) + positions
+
+
+class DiffCLIPTextEmbeddings(nn.Module):
+    """Token embeddings plus learned positions."""
+
+    def __init__(self, config: DiffCLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+class DiffCLIPRMSNorm(nn.Module):
+    """RMSNorm on the last dimension, with the mean square in float32 (`diff_norm` of the released code)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class DiffCLIPAttention(nn.Module):
+    """Standard multi-head attention, softmax(q·kᵀ·head_dim^-0.5)·v.
+
+    `forward` takes hidden states (batch, tokens, hidden_size) and returns the same shape, and the softmax maps
+    (batch, num_heads, tokens, tokens) under `attn_implementation="eager"`, else None.
+    """
+
+    def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        # Transformers' attention functions read this where no mask is given.
+        self.is_causal = isinstance(config, DiffCLIPTextConfig)
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the heads' outputs, (batch, tokens, num_heads, head_dim), and the maps."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention_interface(
+            self,
+            self._split(self.q_proj(hidden_states), self.head_dim),
+            self._split(self.k_proj(hidden_states), self.head_dim),
+            self._split(self.v_proj(hidden_states), self.head_dim),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+
+    @staticmethod
+    def _split(states: torch.Tensor, width: int) -> torch.Tensor:
+        """(batch, tokens, hidden_size) → (batch, hidden_size / width, tokens, width)."""
+        return states.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, maps = self._attend(hidden_states, attention_mask, **kwargs)
+        return self.out_proj(output.flatten(2)), maps
+
+
+class DiffCLIPDifferentialAttention(DiffCLIPAttention):
+    """Differential attention: for pair i, RMSNorm((A1 − λ·A2)·v) · (1 − λ_init).
+
+    A1 and A2 are the softmax maps of heads 2i and 2i+1, v is as wide as both heads together, and one λ serves every
+    pair of the layer. The maps that `forward` returns are those of the single heads, (batch, num_heads, tokens,
+    tokens) with rows that sum to 1; `differential_attention_map(maps, attention.get_lambda())` combines them.
+
+    Source: paper arXiv 2503.06626, section 3; the released code for the interleaved pairs.
+    """
+
+    def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig, layer_idx: int):
+        super().__init__(config)
+        # A Python float, not a buffer: models are built on the meta device, where a buffer's value would be lost.
+        self.lambda_init = config.get_lambda_init(layer_idx)
+        self.lambda_q1 = nn.Parameter(torch.empty(self.head_dim))
+        self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim))
+        self.lambda_q2 = nn.Parameter(torch.empty(self.head_dim))
+        self.lambda_k2 = nn.Parameter(torch.empty(self.head_dim))
+        self.diff_norm = DiffCLIPRMSNorm(2 * self.head_dim, eps=config.diff_norm_eps)
+
+    def get_lambda(self) -> torch.Tensor:
+        """Return the layer's present λ, float32 without dimensions, differentiable in the four vectors."""
+        return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
+
+    def _attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the pairs' outputs, (batch, tokens, num_heads / 2, 2 · head_dim), and the maps."""
+        output, maps = differential_attention_forward(
+            self,
+            self._split(self.q_proj(hidden_states), self.head_dim),
+            self._split(self.k_proj(hidden_states), self.head_dim),
+            self._split(self.v_proj(hidden_states), 2 * self.head_dim),
+            attention_mask,
+            self.get_lambda(),
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            attn_implementation=self.config._attn_implementation or "eager",
+            **kwargs,
+        )
+        return self.diff_norm(output) * (1 - self.lambda_init), maps
+
+
+class DiffCLIPMLP(nn.Module):
+    """fc2(activation(fc1(x)))."""
+
+    def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
+    """A pre-norm block: x += attention(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig, layer_idx: int):
+        super().__init__()
+        if config.attention_type == "differential":
+            self.self_attn = DiffCLIPDifferentialAttention(config, layer_idx)
+        else:
+            self.self_attn = DiffCLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DiffCLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class DiffCLIPEncoder(nn.Module):
+    """The blocks of a tower, in order."""
+
+    def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [DiffCLIPEncoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+class DiffCLIPPreTrainedModel(PreTrainedModel):
+    """Base of every DiffCLIP model: loading, saving and initialisation."""
+
+    config: DiffCLIPConfig
+    config_class = DiffCLIPConfig
+    base_model_prefix = "diffclip"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DiffCLIPTextEmbeddings", "DiffCLIPVisionEmbeddings", "DiffCLIPEncoderLayer"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": DiffCLIPEncoderLayer, "attentions": DiffCLIPAttention}
+
+    def post_init(self) -> None:
+        super().post_init()
+        # Transformers adds each tower's patterns to the whole model's, where they would hide unexpected keys.
+        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module from the original's distributions.
+
+        Every write goes through `transformers.initialization`, which leaves alone what a checkpoint has filled.
+        Children come before their parents, so the more particular rules stand below the general ones.
+        """
+        # A tower initialises its own modules, so `config` is a tower's there and the whole model's elsewhere.
+        config = self.config
+        factor = config.initializer_factor
+        plain_vision = isinstance(config, DiffCLIPVisionConfig) and config.attention_type == "standard"
+
+        if isinstance(module, nn.Linear) and plain_vision:
+            # timm's default, which SLIP's CLIP baseline has.
+            init.trunc_normal_(module.weight, std=0.02 * factor)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            # PyTorch's default for both weight and bias.
+            bound = factor / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.LayerNorm, DiffCLIPRMSNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, DiffCLIPTextEmbeddings):
+            init.normal_(module.token_embedding.weight, std=config.initializer_range * factor)
+            init.normal_(module.position_embedding.weight, std=0.5 * config.initializer_range * factor)
+        elif isinstance(module, DiffCLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, std=1e-6 * factor)
+            init.trunc_normal_(module.position_embedding.weight, std=config.initializer_range * factor)
+        elif isinstance(module, DiffCLIPModel):
+            init.normal_(module.text_projection.weight, std=config.text_config.hidden_size**-0.5 * factor)
+            init.normal_(module.visual_projection.weight, std=config.vision_config.hidden_size**-0.5 * factor)
+            init.constant_(module.logit_scale, config.logit_scale_init_value)
+        elif isinstance(module, DiffCLIPTextModelWithProjection):
+            init.normal_(module.text_projection.weight, std=config.hidden_size**-0.5 * factor)
+        elif isinstance(module, DiffCLIPVisionModelWithProjection):
+            init.normal_(module.visual_projection.weight, std=config.hidden_size**-0.5 * factor)
+        elif isinstance(module, DiffCLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
+            init.normal_(module.classifier.weight, std=config.vision_config.hidden_size**-0.5 * factor)
+            init.zeros_(module.classifier.bias)
+
+        if isinstance(module, DiffCLIPDifferentialAttention):
+            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                init.normal_(vector, std=config.lambda_init_std)
+        if isinstance(config, DiffCLIPTextConfig):
+            input_std = config.hidden_size**-0.5 * factor
+            output_std = input_std * (2 * config.num_hidden_layers) ** -0.5
+            if isinstance(module, DiffCLIPAttention):
+                for projection in (module.q_proj, module.k_proj, module.v_proj):
+                    init.normal_(projection.weight, std=input_std)
+                init.normal_(module.out_proj.weight, std=output_std)
+            elif isinstance(module, DiffCLIPMLP):
+                init.normal_(module.fc1.weight, std=(2 * config.hidden_size) ** -0.5 * factor)
+                init.normal_(module.fc2.weight, std=output_std)
+
+    def _check_output_attentions(self, output_attentions: bool | None) -> None:
+        """Raise a ValueError where attentions are asked of an implementation that never has them."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        implementation = self.config._attn_implementation or "eager"
+        if output_attentions and implementation != "eager":
+            raise ValueError(
+                f"output_attentions is True, but attn_implementation is {implementation!r}, which computes no maps; "
+                "it must be 'eager': load with attn_implementation='eager', or call "
+                "model.set_attn_implementation('eager')."
+            )
+
+
+class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
+    """DiffCLIP's text tower without the projection."""
+
+    config: DiffCLIPTextConfig
+    config_class = DiffCLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    # What a whole model's folder holds besides this tower.
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^text_projection\.", "^logit_scale$"]
+
+    def __init__(self, config: DiffCLIPTextConfig):
+        super().__init__(config)
+        self.embeddings = DiffCLIPTextEmbeddings(config)
+        self.encoder = DiffCLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.token_embedding = value
+
+    def _text_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the index of each text's first token, (batch, 1): what stands before it is left padding."""
+        batch_size, length = input_ids.shape
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        if attention_mask is None and self.config.bos_token_id is not None:
+            is_start = input_ids == self.config.bos_token_id
+            # Without a start token argmax gives 0, and the text starts at the first token.
+            return is_start.int().argmax(-1, keepdim=True)
+        return input_ids.new_zeros(batch_size, 1)
+
+    def _end_of_text(self, input_ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Return the index of each text's first end-of-text token, (batch, 1), or raise where there is none."""
+        eos_token_id = self.config.eos_token_id
+        eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        is_end = torch.stack([input_ids == token_id for token_id in eos_token_ids]).any(0)
+        is_end = is_end & (torch.arange(input_ids.shape[-1], device=input_ids.device) >= start)
+        has_end = is_end.any(-1)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            torch._assert_async(has_end.all(), "input_ids has a row without an end-of-text token")
+        elif not has_end.all():
+            rows = (~has_end).nonzero().flatten().tolist()
+            raise ValueError(
+                f"input_ids has no end-of-text token in rows {rows}; each row must hold {eos_token_id} "
+                "(config.eos_token_id), whose position is pooled. Tokenize with truncation=True, which keeps it."
+            )
+        return is_end.int().argmax(-1, keepdim=True)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode texts.
+
+        Padding, left or right, changes no embedding: positions count from a text's first token, and the first
+        end-of-text token is pooled.
+
+        Args:
+            input_ids: Token ids, (batch, tokens), at most `config.max_position_embeddings` tokens, each row with an
+                end-of-text token.
+            attention_mask: 1 for tokens to attend to, 0 for padding, (batch, tokens). Without one, what stands before
+                a row's start token (`config.bos_token_id`) counts as padding.
+            position_ids: Positions, (batch, tokens), if not counted from the first token.
+
+        Returns:
+            `last_hidden_state` (batch, tokens, hidden_size) after the final LayerNorm, and `pooler_output` (batch,
+            hidden_size), its end-of-text token.
+
+        Raises:
+            ValueError: `input_ids` is missing or too long, a row has no end-of-text token, or attentions are asked of
+                an implementation without them.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids is None; it must hold token ids, (batch, tokens).")
+        self._check_output_attentions(kwargs.get("output_attentions"))
+        input_ids = input_ids.view(-1, input_ids.shape[-1])
+        length = input_ids.shape[-1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids has {length} tokens a row; it must have at most {self.config.max_position_embeddings} "
+                "(config.max_position_embeddings). Tokenize with truncation=True."
+            )
+
+        start = self._text_start(input_ids, attention_mask)
+        end = self._end_of_text(input_ids, start)
+        token_idx = torch.arange(length, device=input_ids.device)[None]
+        if position_ids is None:
+            position_ids = (token_idx - start).clamp(min=0)
+        if attention_mask is None:
+            attention_mask = (token_idx >= start).long()
+        elif attention_mask.ndim == 2:
+            # A mask made by `input_ids != pad_token_id` hides the end of text where both have one id.
+            attention_mask = attention_mask.bool().logical_or(token_idx == end).long()
+
+        hidden_states = self.embeddings(input_ids, position_ids)
+        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
+        hidden_states = self.encoder(hidden_states, causal_mask, **kwargs)
+
+        last_hidden_state = self.final_layer_norm(hidden_states)
+        batch_idx = torch.arange(len(input_ids), device=last_hidden_state.device)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[batch_idx, end.flatten().to(last_hidden_state.device)],
+        )
+
+
+class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
+    """DiffCLIP's image tower without the projection."""
+
+    config: DiffCLIPVisionConfig
+    config_class = DiffCLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # What a whole model's folder holds besides this tower.
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^visual_projection\.", r"^text_projection\.", "^logit_scale$"]
+
+    def __init__(self, config: DiffCLIPVisionConfig):
+        super().__init__(config)
+        self.embeddings = DiffCLIPVisionEmbeddings(config)
+        self.encoder = DiffCLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: Images as the image processor makes them, (batch, channels, height, width).
+            interpolate_pos_encoding: Whether to accept another size than `config.image_size`, by interpolating the
+                position embeddings.
+
+        Returns:
+            `last_hidden_state` (batch, 1 + patches, hidden_size) after the final LayerNorm, and `pooler_output`
+            (batch, hidden_size), its class token.
+
+        Raises:
+            ValueError: `pixel_values` is missing or of another size than the configuration's, or attentions are asked
+                of an implementation without them.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is None; it must hold images, (batch, channels, height, width).")
+        self._check_output_attentions(kwargs.get("output_attentions"))
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.encoder(hidden_states, **kwargs)
+        last_hidden_state = self.post_layernorm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0]
+        )
+
+
+class DiffCLIPModel(DiffCLIPPreTrainedModel):
+    """DiffCLIP: both towers, their projections and the logit scale.
+
+    Source: paper arXiv 2503.06626; Radford et al. 2021 (CLIP).
+    """
+
+    def __init__(self, config: DiffCLIPConfig):
+        super().__init__(config)
+        self.text_model = DiffCLIPTextModel._from_config(config.text_config)
+        self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode texts into the shared space.
+
+        The arguments and errors are those of `DiffCLIPTextModel.forward`.
+
+        Returns:
+            The text tower's output, with `pooler_output` the projected embedding, not normalised, (batch,
+            projection_dim).
+        """
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode images into the shared space.
+
+        The arguments and errors are those of `DiffCLIPVisionModel.forward`.
+
+        Returns:
+            The image tower's output, with `pooler_output` the projected embedding, not normalised, (batch,
+            projection_dim).
+        """
+        outputs = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    def encode_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return texts' L2-normalised embeddings, (batch, projection_dim); the arguments of `get_text_features`."""
+        features = self.get_text_features(input_ids, attention_mask, position_ids, return_dict=True).pooler_output
+        return nn.functional.normalize(features, dim=-1)
+
+    def encode_image(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Return images' L2-normalised embeddings, (batch, projection_dim); the arguments of `get_image_features`."""
+        features = self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True).pooler_output
+        return nn.functional.normalize(features, dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> DiffCLIPOutput:
+        """Compare images with texts.
+
+        Args:
+            input_ids: Token ids, (texts, tokens); left out, only the images are encoded.
+            pixel_values: Images, (images, channels, height, width); left out, only the texts are encoded.
+            attention_mask, position_ids: As in `DiffCLIPTextModel.forward`.
+            return_loss: Whether to compute the contrastive loss, for which image i belongs to text i.
+            interpolate_pos_encoding: As in `DiffCLIPVisionModel.forward`.
+
+        Returns:
+            A `DiffCLIPOutput`; without one of the modalities, its fields and the logits are None.
+
+        Raises:
+            ValueError: Both modalities are missing, or one is and a loss is asked for; and as the towers raise.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("input_ids and pixel_values are both None; at least one must be given.")
+        if return_loss and (input_ids is None or pixel_values is None):
+            missing = "input_ids" if input_ids is None else "pixel_values"
+            raise ValueError(f"return_loss is True, but {missing} is None; the loss needs images and texts.")
+
+        vision_outputs = text_outputs = image_embeds = text_embeds = None
+        if pixel_values is not None:
+            vision_outputs = self.get_image_features(
+                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            )
+            image_embeds = nn.functional.normalize(vision_outputs.pooler_output, dim=-1)
+        if input_ids is not None:
+            text_outputs = self.get_text_features(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+            )
+            text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+
+        logits_per_text = logits_per_image = loss = None
+        if image_embeds is not None and text_embeds is not None:
+            # With device_map the towers may end on different devices.
+            scale = self.logit_scale.exp().to(text_embeds.device)
+            logits_per_text = scale * text_embeds @ image_embeds.t().to(text_embeds.device)
+            logits_per_image = logits_per_text.t()
+            if return_loss:
+                loss = image_text_contrastive_loss(logits_per_text)
+
+        return DiffCLIPOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=vision_outputs,
+        )
+
+
+class DiffCLIPTextModelWithProjection(DiffCLIPPreTrainedModel):
+    """DiffCLIP's text tower with the projection into the shared space."""
+
+    config: DiffCLIPTextConfig
+    config_class = DiffCLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", "^logit_scale$"]
+
+    def __init__(self, config: DiffCLIPTextConfig):
+        super().__init__(config)
+        self.text_model = DiffCLIPTextModel._from_config(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> DiffCLIPTextModelOutput:
+        """Encode texts; the arguments and errors are those of `DiffCLIPTextModel.forward`.
+
+        Returns:
+            A `DiffCLIPTextModelOutput`, with `text_embeds` not normalised, (batch, projection_dim).
+        """
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        return DiffCLIPTextModelOutput(
+            text_embeds=self.text_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DiffCLIPVisionModelWithProjection(DiffCLIPPreTrainedModel):
+    """DiffCLIP's image tower with the projection into the shared space."""
+
+    config: DiffCLIPVisionConfig
+    config_class = DiffCLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", "^logit_scale$"]
+
+    def __init__(self, config: DiffCLIPVisionConfig):
+        super().__init__(config)
+        self.vision_model = DiffCLIPVisionModel._from_config(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> DiffCLIPVisionModelOutput:
+        """Encode images; the arguments and errors are those of `DiffCLIPVisionModel.forward`.
+
+        Returns:
+            A `DiffCLIPVisionModelOutput`, with `image_embeds` not normalised, (batch, projection_dim).
+        """
+        outputs = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+        return DiffCLIPVisionModelOutput(
+            image_embeds=self.visual_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
+    """DiffCLIP's image tower with a linear classifier on the mean of the patch tokens."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(text|visual)_projection\.", "^logit_scale$"]
+
+    def __init__(self, config: DiffCLIPConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
+        self.classifier: nn.Module = (
+            nn.Linear(config.vision_config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values, interpolate_pos_encoding: As in `DiffCLIPVisionModel.forward`.
+            labels: Class indices, (batch,), or what `config.problem_type` asks for.
+
+        Returns:
+            An `ImageClassifierOutput`, with `logits` (batch, num_labels) and, with labels, the loss.
+        """
+        outputs = self.vision_model(
+            pixel_values=pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 1:].mean(dim=1))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "DiffCLIPForImageClassification",
+    "DiffCLIPModel",
+    "DiffCLIPPreTrainedModel",
+    "DiffCLIPTextModel",
+    "DiffCLIPTextModelWithProjection",
+    "DiffCLIPVisionModel",
+    "DiffCLIPVisionModelWithProjection",
+]
