@@ -1,0 +1,355 @@
+"""Convert a checkpoint of the original DiffCLIP code, or of its CLIP baseline, into a Transformers folder.
+
+    python conversion/convert_original_checkpoint.py --checkpoint checkpoint_best.pt --output-dir diffclip-vitb16
+"""
+
+import argparse
+import logging
+import math
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
+from original_keys import key_table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from diffclip_hf import (
+    DiffCLIPConfig,
+    DiffCLIPImageProcessorPil,
+    DiffCLIPModel,
+    DiffCLIPProcessor,
+    add_remote_code,
+)
+
+
+logger = logging.getLogger("convert_original_checkpoint")
+
+# Variant → (vision differential, text differential, lambda_init); the four models of the paper.
+VARIANTS = {
+    "diffclip": (True, True, 0.8),
+    "diffclip-star": (True, True, "depth"),
+    "diffclip-dagger": (True, False, 0.8),
+    "clip": (False, False, 0.8),
+}
+# What SLIP's trainer pickles beside tensors: its arguments, and numpy scalars among the metrics. The second form of a
+# pair is the name under which older numpy wrote the same function.
+ALLOWED_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+]
+HEAD_DIM = 64
+
+
+class ConversionError(Exception):
+    """The checkpoint or an option doesn't fit; the message says which key or option, and what is expected."""
+
+
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's weights, never unpickling anything outside the allow-list.
+
+    Args:
+        path: A file that SLIP's trainer wrote, or a bare state dict saved by `torch.save`.
+
+    Returns:
+        Original key, without `module.`, → tensor, mapped from the file rather than read where its format allows.
+
+    Raises:
+        ConversionError: The file is missing, isn't a checkpoint, or holds objects outside the allow-list.
+    """
+    if not path.is_file():
+        raise ConversionError(f"--checkpoint {path} is not a file.")
+    try:
+        with torch.serialization.safe_globals(ALLOWED_GLOBALS):
+            # Only the zip format can be mapped; PyTorch before 1.6 wrote another.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise ConversionError(f"--checkpoint {path} can't be read as a checkpoint of tensors: {error}") from error
+    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise ConversionError(f"--checkpoint {path} holds no state dict; its content is a {type(checkpoint).__name__}.")
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionError(f"Key {key!r} is a {type(value).__name__}; it must be a tensor.")
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def _shape(state_dict: Mapping[str, torch.Tensor], key: str, dimensions: int) -> torch.Size:
+    """Return a tensor's shape, or raise naming the key."""
+    if key not in state_dict:
+        raise ConversionError(f"Key {key!r} is missing.")
+    shape = state_dict[key].shape
+    if len(shape) != dimensions:
+        raise ConversionError(f"Key {key!r} has shape {tuple(shape)}; it must have {dimensions} dimensions.")
+    return shape
+
+
+def _depth(state_dict: Mapping[str, torch.Tensor], blocks: str) -> int:
+    """Return the number of blocks whose keys start with `blocks`."""
+    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+    layers = [int(match[1]) for match in map(pattern.match, state_dict) if match]
+    if not layers:
+        raise ConversionError(f"No key starts with {blocks!r}: this is no checkpoint of DiffCLIP or SLIP's CLIP.")
+    return max(layers) + 1
+
+
+def _heads(tower: str, width: int, lambda_length: int | None, given: int | None) -> int:
+    """Return a tower's number of heads: from λ's length, else from the option, else one every 64 channels."""
+    if lambda_length is not None:
+        if width % lambda_length != 0:
+            raise ConversionError(f"The {tower} tower's λ vectors have length {lambda_length}, its width is {width}.")
+        heads = width // lambda_length
+        if given is not None and given != heads:
+            raise ConversionError(f"--{tower}-heads is {given}; the checkpoint's λ vectors say {heads}.")
+        return heads
+    if given is None:
+        if width % HEAD_DIM != 0:
+            raise ConversionError(
+                f"The {tower} tower is standard and {width} wide, so its heads can't be read from the checkpoint; pass "
+                f"--{tower}-heads."
+            )
+        given = width // HEAD_DIM
+        logger.warning("--%s-heads not given: assuming %d, one every %d channels.", tower, given, HEAD_DIM)
+    return given
+
+
+def infer_config(
+    state_dict: Mapping[str, torch.Tensor],
+    variant: str = "auto",
+    text_heads: int | None = None,
+    vision_heads: int | None = None,
+    image_size: int | None = None,
+) -> DiffCLIPConfig:
+    """Read a model's configuration off its original keys and shapes.
+
+    Args:
+        state_dict: Original key → tensor.
+        variant: `"auto"` or a key of `VARIANTS`. Only `"diffclip-star"` has to be told: λ_init is in no checkpoint.
+        text_heads, vision_heads: Heads of a standard tower, which can't be read; one every 64 channels by default.
+        image_size: In pixels; by default patch size × side of the position grid.
+
+    Raises:
+        ConversionError: A key is missing or misshapen, or an option contradicts the keys.
+    """
+    vision_layers, text_layers = _depth(state_dict, "visual.blocks"), _depth(state_dict, "transformer.resblocks")
+    vision_lambda, text_lambda = "visual.blocks.0.attn.lambda_q1", "transformer.resblocks.0.attn.lambda_q1"
+    found = (vision_lambda in state_dict, text_lambda in state_dict)
+    lambda_init: float | str = 0.8
+    if variant == "auto":
+        if any(found):
+            logger.warning("--variant not given: assuming lambda_init 0.8, that of every released DiffCLIP.")
+    else:
+        *expected, lambda_init = VARIANTS[variant]
+        if found != tuple(expected):
+            names = {True: "differential", False: "standard"}
+            raise ConversionError(
+                f"--variant is {variant}, whose towers are {names[expected[0]]} (vision) and {names[expected[1]]} "
+                f"(text); the checkpoint's are {names[found[0]]} and {names[found[1]]}."
+            )
+
+    hidden_size, channels, patch_size, _ = _shape(state_dict, "visual.patch_embed.proj.weight", 4)
+    positions = _shape(state_dict, "visual.pos_embed", 3)[1]
+    grid = math.isqrt(positions - 1)
+    if grid * grid != positions - 1:
+        raise ConversionError(f"Key 'visual.pos_embed' has {positions} positions; they must be a square and one.")
+    if image_size is None:
+        image_size = grid * patch_size
+    elif image_size // patch_size != grid:
+        raise ConversionError(
+            f"--image-size is {image_size}; 'visual.pos_embed' has {grid}x{grid} patches of {patch_size} pixels."
+        )
+    vocab_size, text_width = _shape(state_dict, "token_embedding.weight", 2)
+    projection_dim = _shape(state_dict, "image_projection", 2)[1]
+
+    def attention(tower: str, differential: bool, key: str, width: int, given: int | None) -> dict[str, Any]:
+        lambda_length = _shape(state_dict, key, 1)[0] if differential else None
+        return {
+            "attention_type": "differential" if differential else "standard",
+            "num_attention_heads": _heads(tower, width, lambda_length, given),
+            "lambda_init": lambda_init,
+        }
+
+    return DiffCLIPConfig(
+        projection_dim=projection_dim,
+        vision_config={
+            "hidden_size": hidden_size,
+            "intermediate_size": _shape(state_dict, "visual.blocks.0.mlp.fc1.weight", 2)[0],
+            "num_hidden_layers": vision_layers,
+            "num_channels": channels,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            # The original's differential tower swaps timm's norm class, and with it the epsilon.
+            "layer_norm_eps": 1e-5 if found[0] else 1e-6,
+            **attention("vision", found[0], vision_lambda, hidden_size, vision_heads),
+        },
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": text_width,
+            "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+            "num_hidden_layers": text_layers,
+            "max_position_embeddings": _shape(state_dict, "positional_embedding", 2)[0],
+            "bos_token_id": vocab_size - 2,
+            "eos_token_id": vocab_size - 1,
+            **attention("text", found[1], text_lambda, text_width, text_heads),
+        },
+    )
+
+
+def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPConfig) -> DiffCLIPModel:
+    """Return the model with the checkpoint's weights, in float32.
+
+    Raises:
+        ConversionError: A key is missing, unexpected, of another shape than the configuration's, or not finite.
+    """
+    with torch.device("meta"):
+        model = DiffCLIPModel(config)
+    shapes = model.state_dict()
+    table = key_table(
+        config.vision_config.num_hidden_layers,
+        config.text_config.num_hidden_layers,
+        config.vision_config.attention_type == "differential",
+        config.text_config.attention_type == "differential",
+    )
+    missing = [entry.original for entry in table if entry.original not in state_dict]
+    unexpected = sorted(set(state_dict) - {entry.original for entry in table})
+    if missing or unexpected:
+        raise ConversionError(f"The keys don't fit. Missing: {missing or 'none'}. Unexpected: {unexpected or 'none'}.")
+
+    converted = {}
+    for entry in table:
+        tensor = state_dict[entry.original]
+        expected = entry.layout.to_original([shapes[key] for key in entry.port]).shape
+        if tensor.shape != expected:
+            raise ConversionError(
+                f"Key {entry.original!r} has shape {tuple(tensor.shape)}; it must be {tuple(expected)}."
+            )
+        if not tensor.isfinite().all():
+            raise ConversionError(f"Key {entry.original!r} holds NaN or infinite values; every value must be finite.")
+        converted.update(zip(entry.port, entry.layout.to_port(tensor.float()), strict=True))
+    model.load_state_dict(converted, strict=True, assign=True)
+    return model.eval()
+
+
+def load_tokenizer(source: str | None, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a folder, Hub id or merges file, or by default CLIP's from an installed package.
+
+    Args:
+        source: `--tokenizer`.
+        vocab_size: Of the checkpoint's token embedding.
+
+    Returns:
+        The tokenizer; None where no source is given and the vocabulary isn't CLIP's.
+
+    Raises:
+        ConversionError: The source has no tokenizer, or one with ids that the checkpoint hasn't.
+    """
+    try:
+        if source is not None and source.endswith(".txt.gz"):
+            tokenizer = clip_tokenizer(Path(source))
+        elif source is not None:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        elif vocab_size == VOCABULARY_SIZE:
+            tokenizer = clip_tokenizer(find_merges_file())
+        else:
+            logger.warning(
+                "The vocabulary has %d tokens, CLIP's %d: no tokenizer is saved; pass --tokenizer to save one.",
+                vocab_size,
+                VOCABULARY_SIZE,
+            )
+            return None
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(error)) from error
+    if len(tokenizer) > vocab_size:
+        raise ConversionError(
+            f"--tokenizer {source} has {len(tokenizer)} tokens; the checkpoint has embeddings for {vocab_size}."
+        )
+    return tokenizer
+
+
+def save_folder(model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase | None, processor: bool, folder: Path) -> None:
+    """Write model, code and, if wanted, processor; a failure leaves nothing at `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model.save_pretrained(beside)
+        if processor:
+            side = model.config.vision_config.image_size
+            # The Pillow twin, since torchvision is optional; both write the same file.
+            image_processor = DiffCLIPImageProcessorPil(
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            )
+            saved = image_processor if tokenizer is None else DiffCLIPProcessor(image_processor, tokenizer)
+            saved.save_pretrained(beside)
+        add_remote_code(beside)
+        beside.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Convert as the command line says."""
+    folder = Path(args.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConversionError(f"--output-dir {folder} exists and is not an empty folder; name a new one.")
+    state_dict = load_state_dict(Path(args.checkpoint))
+    config = infer_config(state_dict, args.variant, args.text_heads, args.vision_heads, args.image_size)
+    tokenizer = None if args.no_processor else load_tokenizer(args.tokenizer, config.text_config.vocab_size)
+    if tokenizer is not None:
+        config.text_config.pad_token_id = tokenizer.pad_token_id
+    model = convert_state_dict(state_dict, config)
+    save_folder(model, tokenizer, not args.no_processor, folder)
+    logger.info("Wrote %s: %d parameters.", folder, model.num_parameters())
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE.pt")
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument(
+        "--variant",
+        default="auto",
+        choices=["auto", *VARIANTS],
+        help="auto reads it off the keys; diffclip-star has to be told, since λ_init is in no checkpoint",
+    )
+    parser.add_argument("--text-heads", type=int, metavar="N", help="of a standard text tower (default: width / 64)")
+    parser.add_argument("--vision-heads", type=int, metavar="N", help="of a standard image tower (default: width / 64)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="in pixels (default: patch size x position grid)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR_OR_ID",
+        help="a tokenizer's folder, Hub id or bpe_simple_vocab_16e6.txt.gz (default: from an installed package)",
+    )
+    parser.add_argument("--no-processor", action="store_true", help="save neither tokenizer nor image processor")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 1, with the reason on the log, where the checkpoint doesn't fit."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        convert(parse_args(argv))
+    except ConversionError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
