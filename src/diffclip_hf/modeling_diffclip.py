@@ -99,6 +99,27 @@ def image_text_contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     return (text_loss + image_loss) / 2
 
 
+def with_initial_std(module: nn.Module, std: float | None) -> nn.Module:
+    """Note on a module the standard deviation with which `_init_weights` fills its weight; None for PyTorch's default.
+
+    It is noted where the module's part in the model is known; `_init_weights` sees each module alone.
+    """
+    module.initial_std = std
+    return module
+
+
+def text_block_stds(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> tuple[float | None, float | None]:
+    """Return the initial standard deviations of what reads and what writes a text block's residual; None in vision."""
+    if not isinstance(config, DiffCLIPTextConfig):
+        return None, None
+    return config.hidden_size**-0.5, (config.hidden_size * 2 * config.num_hidden_layers) ** -0.5
+
+
+def projection(width: int, projection_dim: int) -> nn.Module:
+    """Return a tower's projection into the shared space."""
+    return with_initial_std(nn.Linear(width, projection_dim, bias=False), width**-0.5)
+
+
 class DiffCLIPVisionEmbeddings(nn.Module):
     """Patches, the class token and learned positions; the patch convolution has a bias, unlike CLIP's."""
 
@@ -164,8 +185,11 @@ class DiffCLIPTextEmbeddings(nn.Module):
 
     def __init__(self, config: DiffCLIPTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        std = config.initializer_range
+        self.token_embedding = with_initial_std(nn.Embedding(config.vocab_size, config.hidden_size), std)
+        self.position_embedding = with_initial_std(
+            nn.Embedding(config.max_position_embeddings, config.hidden_size), std / 2
+        )
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
@@ -205,10 +229,12 @@ class DiffCLIPAttention(nn.Module):
         # Transformers' attention functions read this where no mask is given.
         self.is_causal = isinstance(config, DiffCLIPTextConfig)
 
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        input_std, output_std = text_block_stds(config)
+        self.q_proj = with_initial_std(nn.Linear(width, width), input_std)
+        self.k_proj = with_initial_std(nn.Linear(width, width), input_std)
+        self.v_proj = with_initial_std(nn.Linear(width, width), input_std)
+        self.out_proj = with_initial_std(nn.Linear(width, width), output_std)
 
     def _attend(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
@@ -289,8 +315,11 @@ class DiffCLIPMLP(nn.Module):
     def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        input_std, output_std = text_block_stds(config)
+        self.fc1 = with_initial_std(
+            nn.Linear(config.hidden_size, config.intermediate_size), input_std and input_std * 2**-0.5
+        )
+        self.fc2 = with_initial_std(nn.Linear(config.intermediate_size, config.hidden_size), output_std)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -355,60 +384,41 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module from the original's distributions.
 
-        Every write goes through `transformers.initialization`, which leaves alone what a checkpoint has filled.
-        Children come before their parents, so the more particular rules stand below the general ones.
+        Every write goes through `transformers.initialization`, which leaves alone what a checkpoint has filled. Only
+        modules that own parameters come here: Transformers passes over the others in code that isn't its own.
         """
         # A tower initialises its own modules, so `config` is a tower's there and the whole model's elsewhere.
         config = self.config
         factor = config.initializer_factor
         plain_vision = isinstance(config, DiffCLIPVisionConfig) and config.attention_type == "standard"
 
-        if isinstance(module, nn.Linear) and plain_vision:
-            # timm's default, which SLIP's CLIP baseline has.
-            init.trunc_normal_(module.weight, std=0.02 * factor)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            # PyTorch's default for both weight and bias.
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             bound = factor / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
+            std = getattr(module, "initial_std", None)
+            if std is not None:
+                init.normal_(module.weight, std=std * factor)
+            elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and plain_vision):
+                # timm's default for positions, and in the plain tower of SLIP's CLIP baseline for every Linear.
+                init.trunc_normal_(module.weight, std=config.get_text_config().initializer_range * factor)
+            else:
+                # PyTorch's default.
+                init.uniform_(module.weight, -bound, bound)
+            if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and plain_vision:
+                    init.zeros_(module.bias)
+                else:
+                    init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.LayerNorm, DiffCLIPRMSNorm)):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, DiffCLIPTextEmbeddings):
-            init.normal_(module.token_embedding.weight, std=config.initializer_range * factor)
-            init.normal_(module.position_embedding.weight, std=0.5 * config.initializer_range * factor)
         elif isinstance(module, DiffCLIPVisionEmbeddings):
             init.normal_(module.class_embedding, std=1e-6 * factor)
-            init.trunc_normal_(module.position_embedding.weight, std=config.initializer_range * factor)
-        elif isinstance(module, DiffCLIPModel):
-            init.normal_(module.text_projection.weight, std=config.text_config.hidden_size**-0.5 * factor)
-            init.normal_(module.visual_projection.weight, std=config.vision_config.hidden_size**-0.5 * factor)
-            init.constant_(module.logit_scale, config.logit_scale_init_value)
-        elif isinstance(module, DiffCLIPTextModelWithProjection):
-            init.normal_(module.text_projection.weight, std=config.hidden_size**-0.5 * factor)
-        elif isinstance(module, DiffCLIPVisionModelWithProjection):
-            init.normal_(module.visual_projection.weight, std=config.hidden_size**-0.5 * factor)
-        elif isinstance(module, DiffCLIPForImageClassification) and isinstance(module.classifier, nn.Linear):
-            init.normal_(module.classifier.weight, std=config.vision_config.hidden_size**-0.5 * factor)
-            init.zeros_(module.classifier.bias)
-
-        if isinstance(module, DiffCLIPDifferentialAttention):
+        elif isinstance(module, DiffCLIPDifferentialAttention):
             for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
                 init.normal_(vector, std=config.lambda_init_std)
-        if isinstance(config, DiffCLIPTextConfig):
-            input_std = config.hidden_size**-0.5 * factor
-            output_std = input_std * (2 * config.num_hidden_layers) ** -0.5
-            if isinstance(module, DiffCLIPAttention):
-                for projection in (module.q_proj, module.k_proj, module.v_proj):
-                    init.normal_(projection.weight, std=input_std)
-                init.normal_(module.out_proj.weight, std=output_std)
-            elif isinstance(module, DiffCLIPMLP):
-                init.normal_(module.fc1.weight, std=(2 * config.hidden_size) ** -0.5 * factor)
-                init.normal_(module.fc2.weight, std=output_std)
+        elif isinstance(module, DiffCLIPModel):
+            init.constant_(module.logit_scale, config.logit_scale_init_value)
 
     def _check_output_attentions(self, output_attentions: bool | None) -> None:
         """Raise a ValueError where attentions are asked of an implementation that never has them."""
@@ -600,8 +610,8 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
         super().__init__(config)
         self.text_model = DiffCLIPTextModel._from_config(config.text_config)
         self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = projection(config.vision_config.hidden_size, config.projection_dim)
+        self.text_projection = projection(config.text_config.hidden_size, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
@@ -749,7 +759,7 @@ class DiffCLIPTextModelWithProjection(DiffCLIPPreTrainedModel):
     def __init__(self, config: DiffCLIPTextConfig):
         super().__init__(config)
         self.text_model = DiffCLIPTextModel._from_config(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -799,7 +809,7 @@ class DiffCLIPVisionModelWithProjection(DiffCLIPPreTrainedModel):
     def __init__(self, config: DiffCLIPVisionConfig):
         super().__init__(config)
         self.vision_model = DiffCLIPVisionModel._from_config(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -842,8 +852,11 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
-        self.classifier: nn.Module = (
-            nn.Linear(config.vision_config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        width = config.vision_config.hidden_size
+        self.classifier = (
+            with_initial_std(nn.Linear(width, config.num_labels), width**-0.5)
+            if config.num_labels > 0
+            else nn.Identity()
         )
         self.post_init()
 

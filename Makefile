@@ -1,0 +1,56 @@
+# Each target makes its own virtual environment from nothing; it needs python3 with venv, and a package index.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+IMAGE ?=
+LABELS ?=
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint types pytest pytest-oldest embedded clean
+
+demo: $(VENV)/.demo-ready
+	$(VENV)/bin/python embedded/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(LABELS),--labels "$(LABELS)")
+
+test: lint types pytest pytest-oldest
+
+lint: $(VENV)/.dev-ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev-ready
+	$(VENV)/bin/mypy
+
+pytest: $(VENV)/.dev-ready
+	$(VENV)/bin/python -m pytest --cov --cov-report=term
+
+# The lower bounds of transformers and torch, without torchvision.
+pytest-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest
+
+# Trains the embedded model anew and measures it on the held-out vendor; about an hour on two cores.
+embedded: $(VENV)/.dev-ready
+	$(VENV)/bin/python embedded/train.py --output-dir build/embedded --cache-dir .cache/embedded
+	$(VENV)/bin/python embedded/evaluate.py --model build/embedded --cache-dir .cache/embedded
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-ready: pyproject.toml | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --quiet torch torchvision
+	$(VENV)/bin/pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev-ready: pyproject.toml | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --quiet torch torchvision
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet torch==2.13.0 transformers==5.10.1
+	$(OLDEST)/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build .cache demo.png
