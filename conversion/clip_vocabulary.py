@@ -38,7 +38,7 @@ def clip_tokenizer(merges_file: Path) -> CLIPTokenizer:
     """Return CLIP's tokenizer, cutting at 77 tokens and padding with the end-of-text token.
 
     Args:
-        merges_file: `bpe_simple_vocab_16e6.txt.gz`: a header line, then a merge a line, best first, more than CLIP uses.
+        merges_file: `bpe_simple_vocab_16e6.txt.gz`: a header, then a merge a line, best first, more than CLIP uses.
 
     Raises:
         ValueError: The file has too few merges, or lines that aren't pairs.
@@ -57,6 +57,6 @@ def clip_tokenizer(merges_file: Path) -> CLIPTokenizer:
     tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: token_id for token_id, token in enumerate(tokens)},
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]  # annotated as strings, but handed on to a BPE that takes pairs
         model_max_length=CONTEXT_LENGTH,
     )

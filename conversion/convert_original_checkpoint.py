@@ -1,6 +1,6 @@
 """Convert a checkpoint of the original DiffCLIP code, or of its CLIP baseline, into a Transformers folder.
 
-    python conversion/convert_original_checkpoint.py --checkpoint checkpoint_best.pt --output-dir diffclip-vitb16
+python conversion/convert_original_checkpoint.py --checkpoint checkpoint_best.pt --output-dir diffclip-vitb16
 """
 
 import argparse
@@ -32,8 +32,10 @@ from diffclip_hf import (
 
 logger = logging.getLogger("convert_original_checkpoint")
 
+# numpy has no public name for the function that its scalars are pickled by.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 # Variant → (vision differential, text differential, lambda_init); the four models of the paper.
-VARIANTS = {
+VARIANTS: dict[str, tuple[bool, bool, float | str]] = {
     "diffclip": (True, True, 0.8),
     "diffclip-star": (True, True, "depth"),
     "diffclip-dagger": (True, False, 0.8),
@@ -41,14 +43,14 @@ VARIANTS = {
 }
 # What SLIP's trainer pickles beside tensors: its arguments, and numpy scalars among the metrics. The second form of a
 # pair is the name under which older numpy wrote the same function.
-ALLOWED_GLOBALS = [
+ALLOWED_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     np.dtypes.Float32DType,
     np.dtypes.Float64DType,
     np.dtypes.Int64DType,
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
 ]
 HEAD_DIM = 64
 
@@ -79,7 +81,7 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(f"--checkpoint {path} can't be read as a checkpoint of tensors: {error}") from error
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     if not isinstance(state_dict, Mapping) or not state_dict:
-        raise ConversionError(f"--checkpoint {path} holds no state dict; its content is a {type(checkpoint).__name__}.")
+        raise ConversionError(f"--checkpoint {path} holds no state dict, but a {type(checkpoint).__name__}.")
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise ConversionError(f"Key {key!r} is a {type(value).__name__}; it must be a tensor.")
@@ -117,7 +119,7 @@ def _heads(tower: str, width: int, lambda_length: int | None, given: int | None)
     if given is None:
         if width % HEAD_DIM != 0:
             raise ConversionError(
-                f"The {tower} tower is standard and {width} wide, so its heads can't be read from the checkpoint; pass "
+                f"The {tower} tower is standard and {width} wide, so its heads can't be read off the keys; pass "
                 f"--{tower}-heads."
             )
         given = width // HEAD_DIM
@@ -227,7 +229,7 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPC
     if missing or unexpected:
         raise ConversionError(f"The keys don't fit. Missing: {missing or 'none'}. Unexpected: {unexpected or 'none'}.")
 
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for entry in table:
         tensor = state_dict[entry.original]
         expected = entry.layout.to_original([shapes[key] for key in entry.port]).shape
@@ -255,6 +257,7 @@ def load_tokenizer(source: str | None, vocab_size: int) -> PreTrainedTokenizerBa
     Raises:
         ConversionError: The source has no tokenizer, or one with ids that the checkpoint hasn't.
     """
+    tokenizer: PreTrainedTokenizerBase
     try:
         if source is not None and source.endswith(".txt.gz"):
             tokenizer = clip_tokenizer(Path(source))
@@ -278,7 +281,9 @@ def load_tokenizer(source: str | None, vocab_size: int) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def save_folder(model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase | None, processor: bool, folder: Path) -> None:
+def save_folder(
+    model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase | None, processor: bool, folder: Path
+) -> None:
     """Write model, code and, if wanted, processor; a failure leaves nothing at `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -329,7 +334,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto reads it off the keys; diffclip-star has to be told, since λ_init is in no checkpoint",
     )
     parser.add_argument("--text-heads", type=int, metavar="N", help="of a standard text tower (default: width / 64)")
-    parser.add_argument("--vision-heads", type=int, metavar="N", help="of a standard image tower (default: width / 64)")
+    parser.add_argument(
+        "--vision-heads", type=int, metavar="N", help="of a standard image tower (default: width / 64)"
+    )
     parser.add_argument("--image-size", type=int, metavar="N", help="in pixels (default: patch size x position grid)")
     parser.add_argument(
         "--tokenizer",

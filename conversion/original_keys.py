@@ -68,7 +68,7 @@ def _block(
             yield Entry(f"{original}.{original_module}.{parameter}", (f"{port}.{port_module}.{parameter}",))
     original, port = f"{original}.attn", f"{port}.self_attn"
     if differential:
-        for name in _LAMBDAS + ("diff_norm.weight",):
+        for name in (*_LAMBDAS, "diff_norm.weight"):
             yield Entry(f"{original}.{name}", (f"{port}.{name}",))
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
             for parameter in ("weight", "bias"):
@@ -81,9 +81,7 @@ def _block(
         yield Entry(f"{original}.{output}.{parameter}", (f"{port}.out_proj.{parameter}",))
 
 
-def key_table(
-    vision_layers: int, text_layers: int, vision_differential: bool, text_differential: bool
-) -> list[Entry]:
+def key_table(vision_layers: int, text_layers: int, vision_differential: bool, text_differential: bool) -> list[Entry]:
     """Return an entry for every parameter of a model, by its depths and which towers are differential."""
     table = list(_OUTSIDE_BLOCKS)
     for layer in range(vision_layers):

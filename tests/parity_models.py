@@ -14,13 +14,14 @@ from diffclip_hf import DiffCLIPModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VARIANTS = ("diffclip", "diffclip-star", "diffclip-dagger", "clip")
+TENTHS = ("token_embedding.weight", "positional_embedding", "visual.pos_embed", "visual.cls_token")
 SIZES = ("tiny", "vitb16")
 
 
 def golden(variant: str, size: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Return the stored tensors, with the inputs, and the stored configuration."""
     with safe_open(FIXTURES / f"{variant}-{size}.golden.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open isn't iterable)
         config = json.loads(file.metadata()["config"])
     if "pixel_values" not in tensors:
         side = config["image_size"]
@@ -48,9 +49,7 @@ def formula_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
         value = 1 + 0.1 * x
     elif key.endswith("bias"):
         value = 0.05 * x
-    elif "lambda_" in key:
-        value = 0.1 * x
-    elif key in ("token_embedding.weight", "positional_embedding", "visual.pos_embed", "visual.cls_token"):
+    elif "lambda_" in key or key in TENTHS:
         value = 0.1 * x
     elif key in ("image_projection", "text_projection"):
         value = x * shape[0] ** -0.5
@@ -62,10 +61,7 @@ def formula_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 def parity_model(variant: str, size: str) -> DiffCLIPModel:
     """Convert the weights that belong to a golden file."""
     _, config = golden(variant, size)
-    if size == "tiny":
-        state_dict = load_state_dict(FIXTURES / f"{variant}-tiny.pt")
-    else:
-        state_dict = formula_state_dict(variant)
+    state_dict = load_state_dict(FIXTURES / f"{variant}-tiny.pt") if size == "tiny" else formula_state_dict(variant)
     # Heads of a standard tower are in no checkpoint.
     text_heads = config["th"] if variant in ("diffclip-dagger", "clip") else None
     vision_heads = config["vh"] if variant == "clip" else None

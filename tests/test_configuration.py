@@ -44,9 +44,7 @@ def test_every_field_of_clip_is_there(ours, clips):
 def test_the_papers_models_have_their_parameter_counts(vision_type, text_type, parameters):
     import torch
 
-    config = DiffCLIPConfig(
-        vision_config={"attention_type": vision_type}, text_config={"attention_type": text_type}
-    )
+    config = DiffCLIPConfig(vision_config={"attention_type": vision_type}, text_config={"attention_type": text_type})
     with torch.device("meta"):
         model = DiffCLIPModel(config)
     assert model.num_parameters() == parameters

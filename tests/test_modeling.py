@@ -193,11 +193,12 @@ def test_maps_and_lambda_make_the_differential_map():
 @pytest.mark.parametrize("how", ["call", "config"])
 def test_attentions_under_sdpa_are_a_clear_error(model_class, how):
     model, inputs, _ = build(model_class, attn_implementation="sdpa")
+    ask = {
+        "call": lambda: model(**inputs, output_attentions=True),
+        "config": lambda: setattr(model.config, "output_attentions", True),
+    }
     with pytest.raises(ValueError, match=r"output_attentions.*eager|eager.*output_attentions"):
-        if how == "call":
-            model(**inputs, output_attentions=True)
-        else:
-            model.config.output_attentions = True
+        ask[how]()
     model.set_attn_implementation("eager")
     names = CLASSES[model_class][0]
     out = model(**inputs, output_attentions=True)
@@ -312,9 +313,7 @@ def test_position_ids_are_used():
 def test_interpolated_positions(implementation):
     model = tiny_model(attn_implementation=implementation).vision_model
     native = torch.randn(1, 3, 32, 32)
-    assert torch.equal(
-        model(native, interpolate_pos_encoding=True).pooler_output, model(native).pooler_output
-    )
+    assert torch.equal(model(native, interpolate_pos_encoding=True).pooler_output, model(native).pooler_output)
     for height, width in ((48, 48), (16, 40), (35, 33)):
         image = torch.randn(2, 3, height, width)
         tokens = 1 + (height // 8) * (width // 8)
@@ -518,7 +517,9 @@ def test_device_map_auto_and_offload(model_class, tmp_path):
     auto = model_class.from_pretrained(tmp_path / "model", device_map="auto", attn_implementation="eager")
     assert torch.equal(auto(**inputs)[output], expected)
     # Everything that can be is left on disk, so that each module's weights are there only during its forward.
-    names = [name for name, module in model.named_modules() if not list(module.children()) or name.endswith("embeddings")]
+    names = [
+        name for name, module in model.named_modules() if not list(module.children()) or name.endswith("embeddings")
+    ]
     whole = [n for n in names if not any(n.startswith(o + ".") for o in names)]
     blocks = [n for n, m in model.named_modules() if type(m).__name__ in model._no_split_modules]
     device_map = {n: "disk" for n in blocks}

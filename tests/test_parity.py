@@ -17,9 +17,7 @@ def case(request):
 def outputs(model: DiffCLIPModel, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run the model on the golden inputs and return what the golden file has, under its names."""
     with torch.inference_mode():
-        out = model(
-            input_ids=expected["input_ids"], pixel_values=expected["pixel_values"], output_hidden_states=True
-        )
+        out = model(input_ids=expected["input_ids"], pixel_values=expected["pixel_values"], output_hidden_states=True)
     vision = torch.stack(out.vision_model_output.hidden_states[1:])
     text = torch.stack(out.text_model_output.hidden_states[1:])
     return {

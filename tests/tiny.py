@@ -21,7 +21,9 @@ def tiny_config(vision: dict | None = None, text: dict | None = None, **kwargs) 
     }
     vision_config = {**TOWER, "image_size": 32, "patch_size": 8, **(vision or {})}
     return DiffCLIPConfig(
-        text_config=text_config, vision_config=vision_config, **{"projection_dim": 24, "attn_implementation": "eager"} | kwargs
+        text_config=text_config,
+        vision_config=vision_config,
+        **{"projection_dim": 24, "attn_implementation": "eager"} | kwargs,
     )
 
 

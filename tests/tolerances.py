@@ -22,8 +22,8 @@ def assert_gradients_close(actual: dict[str, torch.Tensor], expected: dict[str, 
     """Compare the gradients (or outputs) of two attention implementations, name by name."""
     largest = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
-        # A sum that nearly cancels has no magnitude of its own (k's bias has no gradient at all, by the softmax; λ's is
-        # one sum over every token and channel), so its error is set against the largest gradient's.
+        # A sum that nearly cancels has no magnitude of its own (k's bias has no gradient at all, by the softmax; λ's
+        # is one sum over every token and channel), so its error is set against the largest gradient's.
         scale = max(value.abs().max(), (0.1 if "lambda" in name else 0.01) * largest)
         error = (actual[name] - value).abs().max() / scale
         assert error <= EAGER_AGAINST_SDPA, f"{name}: {error:.1e}"

@@ -1,9 +1,11 @@
 """Configurations of DiffCLIP: CLIP's fields, plus what differential attention adds."""
 
 import math
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
 
 ATTENTION_TYPES = ("differential", "standard")
 DEPTH_SCHEDULE = "depth"
@@ -215,8 +217,8 @@ class DiffCLIPConfig(PreTrainedConfig):
 
     model_type = "diffclip"
     # Transformers 5.20 and later derive `sub_configs` from `sub_configs_defaults`; earlier ones read it as written.
-    sub_configs_defaults = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
-    sub_configs = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
+    sub_configs_defaults: ClassVar[dict] = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
+    sub_configs: ClassVar[dict] = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
 
     text_config: dict | DiffCLIPTextConfig | None = None
     vision_config: dict | DiffCLIPVisionConfig | None = None

@@ -393,6 +393,7 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         plain_vision = isinstance(config, DiffCLIPVisionConfig) and config.attention_type == "standard"
 
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            bias = getattr(module, "bias", None)
             bound = factor / math.sqrt(module.weight[0].numel())
             std = getattr(module, "initial_std", None)
             if std is not None:
@@ -403,14 +404,13 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
             else:
                 # PyTorch's default.
                 init.uniform_(module.weight, -bound, bound)
-            if getattr(module, "bias", None) is not None:
-                if isinstance(module, nn.Linear) and plain_vision:
-                    init.zeros_(module.bias)
-                else:
-                    init.uniform_(module.bias, -bound, bound)
+            if bias is not None and isinstance(module, nn.Linear) and plain_vision:
+                init.zeros_(bias)
+            elif bias is not None:
+                init.uniform_(bias, -bound, bound)
         elif isinstance(module, (nn.LayerNorm, DiffCLIPRMSNorm)):
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.LayerNorm):
                 init.zeros_(module.bias)
         elif isinstance(module, DiffCLIPVisionEmbeddings):
             init.normal_(module.class_embedding, std=1e-6 * factor)
@@ -441,7 +441,12 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
     base_model_prefix = "text_model"
     input_modalities = ("text",)
     # What a whole model's folder holds besides this tower.
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^text_projection\.", "^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model\.",
+        r"^visual_projection\.",
+        r"^text_projection\.",
+        "^logit_scale$",
+    ]
 
     def __init__(self, config: DiffCLIPTextConfig):
         super().__init__(config)
@@ -458,14 +463,13 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
 
     def _text_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Return the index of each text's first token, (batch, 1): what stands before it is left padding."""
-        batch_size, length = input_ids.shape
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
         if attention_mask is None and self.config.bos_token_id is not None:
             is_start = input_ids == self.config.bos_token_id
             # Without a start token argmax gives 0, and the text starts at the first token.
             return is_start.int().argmax(-1, keepdim=True)
-        return input_ids.new_zeros(batch_size, 1)
+        return input_ids.new_zeros(len(input_ids), 1)
 
     def _end_of_text(self, input_ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Return the index of each text's first end-of-text token, (batch, 1), or raise where there is none."""
@@ -555,7 +559,12 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     # What a whole model's folder holds besides this tower.
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^visual_projection\.", r"^text_projection\.", "^logit_scale$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.",
+        r"^visual_projection\.",
+        r"^text_projection\.",
+        "^logit_scale$",
+    ]
 
     def __init__(self, config: DiffCLIPVisionConfig):
         super().__init__(config)
@@ -595,9 +604,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden_states = self.encoder(hidden_states, **kwargs)
         last_hidden_state = self.post_layernorm(hidden_states)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0]
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0])
 
 
 class DiffCLIPModel(DiffCLIPPreTrainedModel):
@@ -850,13 +857,11 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
 
     def __init__(self, config: DiffCLIPConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
         width = config.vision_config.hidden_size
         self.classifier = (
-            with_initial_std(nn.Linear(width, config.num_labels), width**-0.5)
-            if config.num_labels > 0
-            else nn.Identity()
+            with_initial_std(nn.Linear(width, self.num_labels), width**-0.5) if self.num_labels else nn.Identity()
         )
         self.post_init()
 

@@ -1,0 +1,269 @@
+"""The conversion command: what it reads off a checkpoint, and what it refuses."""
+
+import argparse
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_original_checkpoint as conversion
+import numpy as np
+import pytest
+import torch
+from clip_vocabulary import clip_tokenizer, find_merges_file
+from original_keys import key_table
+from parity_models import FIXTURES, VARIANTS, golden
+from tolerances import PARITY_WITH_ORIGINAL, relative_error
+from transformers import AutoModel, AutoProcessor
+
+
+SCRIPT = Path(conversion.__file__)
+# Standard towers don't tell their heads.
+HEADS = {"diffclip": [], "diffclip-star": [], "diffclip-dagger": ["--text-heads", "6"]}
+HEADS["clip"] = ["--text-heads", "6", "--vision-heads", "4"]
+
+
+def run(*args) -> int:
+    return conversion.main([str(arg) for arg in args])
+
+
+def convert_tiny(variant: str, folder: Path, *args) -> int:
+    checkpoint = FIXTURES / f"{variant}-tiny.pt"
+    return run("--checkpoint", checkpoint, "--output-dir", folder, *HEADS[variant], *args)
+
+
+def save(path: Path, state_dict, **others) -> Path:
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state_dict.items()}, **others}, path)
+    return path
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return conversion.load_state_dict(FIXTURES / "diffclip-tiny.pt")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_converted_folder_gives_the_originals_numbers(variant, tmp_path):
+    """The whole way: the command, the folder, AutoModel, both implementations."""
+    command = [sys.executable, SCRIPT, "--checkpoint", FIXTURES / f"{variant}-tiny.pt", "--no-processor"]
+    command += ["--output-dir", tmp_path / "out", "--variant", variant, *HEADS[variant]]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected, _ = golden(variant, "tiny")
+    for implementation in ("eager", "sdpa"):
+        model = AutoModel.from_pretrained(tmp_path / "out", attn_implementation=implementation)
+        with torch.no_grad():
+            out = model(input_ids=expected["input_ids"], pixel_values=expected["pixel_values"])
+        assert relative_error(out.logits_per_image, expected["logits_per_image"]) <= PARITY_WITH_ORIGINAL
+        assert relative_error(out.vision_model_output.pooler_output, expected["image_embed"]) <= PARITY_WITH_ORIGINAL
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_configuration_is_read_off_the_keys(weights):
+    config = conversion.infer_config(weights)
+    vision, text = config.vision_config, config.text_config
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads) == (64, 3, 4)
+    assert (vision.image_size, vision.patch_size, vision.layer_norm_eps) == (32, 8, 1e-5)
+    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (48, 4, 6)
+    assert (text.vocab_size, text.max_position_embeddings, config.projection_dim) == (300, 16, 24)
+    assert (text.bos_token_id, text.eos_token_id) == (298, 299)
+    assert (vision.attention_type, text.attention_type, text.lambda_init) == ("differential", "differential", 0.8)
+
+
+def test_variants_are_four_configurations(tmp_path):
+    found = {}
+    for variant in VARIANTS:
+        assert convert_tiny(variant, tmp_path / variant, "--no-processor", "--variant", variant) == 0
+        config = AutoModel.from_pretrained(tmp_path / variant).config
+        towers = (config.vision_config, config.text_config)
+        found[variant] = [(t.attention_type, t.lambda_init, t.layer_norm_eps) for t in towers]
+    assert found["diffclip"] == [("differential", 0.8, 1e-5)] * 2
+    assert found["diffclip-star"] == [("differential", "depth", 1e-5)] * 2
+    assert found["diffclip-dagger"] == [("differential", 0.8, 1e-5), ("standard", 0.8, 1e-5)]
+    assert [(kind, eps) for kind, _, eps in found["clip"]] == [("standard", 1e-6), ("standard", 1e-5)]
+
+
+def test_processor_of_a_small_vocabulary(tmp_path, caplog):
+    assert convert_tiny("diffclip", tmp_path / "out") == 0
+    assert "no tokenizer is saved" in caplog.text
+    saved = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert saved["size"] == {"shortest_edge": 32}
+    assert saved["crop_size"] == {"height": 32, "width": 32}
+
+
+def failing(tmp_path: Path, caplog, *args, words: list[str]) -> None:
+    """Run the command, and expect it to fail with these words and to leave nothing."""
+    before = sorted(tmp_path.iterdir())
+    assert run("--output-dir", tmp_path / "out", *args) == 1
+    assert all(word in caplog.text for word in words), caplog.text
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_key_stops_it(tmp_path, caplog, weights):
+    del weights["visual.blocks.1.attn.lambda_k2"]
+    path = save(tmp_path / "x.pt", weights)
+    failing(tmp_path, caplog, "--checkpoint", path, words=["Missing: ['visual.blocks.1.attn.lambda_k2']"])
+
+
+def test_an_unexpected_key_stops_it(tmp_path, caplog, weights):
+    path = save(tmp_path / "x.pt", {**weights, "visual.head.weight": torch.zeros(2, 2)})
+    failing(tmp_path, caplog, "--checkpoint", path, words=["Unexpected: ['visual.head.weight']"])
+
+
+def test_a_misshapen_key_stops_it(tmp_path, caplog, weights):
+    weights["transformer.resblocks.2.mlp.c_proj.weight"] = torch.zeros(48, 191)
+    path = save(tmp_path / "x.pt", weights)
+    words = ["transformer.resblocks.2.mlp.c_proj.weight", "(48, 191)", "(48, 192)"]
+    failing(tmp_path, caplog, "--checkpoint", path, words=words)
+
+
+def test_a_value_that_is_not_finite_stops_it(tmp_path, caplog, weights):
+    weights["ln_final.bias"][3] = float("nan")
+    path = save(tmp_path / "x.pt", weights)
+    failing(tmp_path, caplog, "--checkpoint", path, words=["ln_final.bias", "finite"])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--variant", "clip"], ["--variant is clip", "differential"]),
+        (["--text-heads", "4"], ["--text-heads is 4", "6"]),
+        (["--image-size", "64"], ["--image-size is 64", "4x4"]),
+    ],
+)
+def test_an_option_against_the_keys_stops_it(tmp_path, caplog, args, words):
+    failing(tmp_path, caplog, "--checkpoint", FIXTURES / "diffclip-tiny.pt", *args, words=words)
+
+
+def test_unreadable_heads_ask_for_the_option(tmp_path, caplog):
+    failing(tmp_path, caplog, "--checkpoint", FIXTURES / "diffclip-dagger-tiny.pt", words=["pass --text-heads"])
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    failing(tmp_path, caplog, "--checkpoint", FIXTURES / "diffclip-tiny.pt", words=["--output-dir", "not an empty"])
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(conversion, "add_remote_code", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        convert_tiny("diffclip", tmp_path / "out", "--no-processor")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, caplog, weights):
+    path = save(tmp_path / "x.pt", weights, args=Malicious(tmp_path / "side-effect"))
+    failing(tmp_path, caplog, "--checkpoint", path, words=["can't be read as a checkpoint of tensors"])
+    assert not (tmp_path / "side-effect").exists()
+    path.write_bytes(pickle.dumps(Malicious(tmp_path / "side-effect")))
+    caplog.clear()
+    failing(tmp_path, caplog, "--checkpoint", path, words=["can't be read as a checkpoint of tensors"])
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Not found</html>", b"PK\x03\x04 truncated"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, caplog, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    failing(tmp_path, caplog, "--checkpoint", tmp_path / "x.pt", words=["can't be read as a checkpoint of tensors"])
+    failing(tmp_path, caplog, "--checkpoint", tmp_path / "none.pt", words=["none.pt is not a file"])
+
+
+def test_what_slips_trainer_pickles_is_read(tmp_path, weights):
+    """Its arguments, and metrics that are numpy scalars."""
+    args = argparse.Namespace(model="DiffCLIP_VITB16", betas=(0.9, 0.98))
+    path = save(tmp_path / "x.pt", weights, args=args, best_acc1=np.float64(0.3), epoch=np.int64(3), acc=np.float32(1))
+    assert conversion.load_state_dict(path).keys() == weights.keys()
+
+
+def test_other_forms_of_the_weights(tmp_path, weights):
+    torch.save(weights, tmp_path / "bare.pt")
+    torch.save({"state_dict": weights}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save(tmp_path / "half.pt", {key: value.half() for key, value in weights.items()})
+    for name in ("bare", "old", "half"):
+        folder = tmp_path / name
+        assert run("--checkpoint", tmp_path / f"{name}.pt", "--output-dir", folder, "--no-processor") == 0
+        model = AutoModel.from_pretrained(folder)
+        assert model.dtype == torch.float32
+        expected = weights["visual.blocks.0.attn.q_proj.weight"]
+        found = model.vision_model.encoder.layers[0].self_attn.q_proj.weight
+        assert torch.equal(found, expected.half().float() if name == "half" else expected)
+
+
+def test_the_table_names_every_key_once():
+    for differential in (True, False):
+        table = key_table(2, 2, differential, differential)
+        originals = [entry.original for entry in table]
+        ports = [key for entry in table for key in entry.port]
+        assert len(set(originals)) == len(originals)
+        assert len(set(ports)) == len(ports)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return clip_tokenizer(find_merges_file())
+
+
+def test_token_ids_are_the_originals(tokenizer):
+    cases = json.loads((FIXTURES / "tokens.json").read_text())["same"]
+    assert len(cases) > 10
+    for case in cases:
+        assert tokenizer(case["text"])["input_ids"] == case["ids"], case["text"]
+
+
+def test_token_ids_where_the_original_repairs_text_first(tokenizer):
+    """What the README warns of: these differ, and nothing else does."""
+    for case in json.loads((FIXTURES / "tokens.json").read_text())["repaired_by_the_original"]:
+        assert tokenizer(case["text"])["input_ids"] != case["ids"], case["text"]
+
+
+def test_cutting_keeps_the_end_of_text(tokenizer):
+    ids = tokenizer("a photo of a very " + "very " * 200 + "old cat", truncation=True)["input_ids"]
+    assert len(ids) == 77
+    assert (ids[0], ids[-1]) == (49406, 49407)
+
+
+def test_clips_vocabulary_comes_with_a_checkpoint_of_its_size(tmp_path, weights):
+    generator = torch.Generator().manual_seed(0)
+    weights["token_embedding.weight"] = torch.randn(49408, 48, generator=generator)
+    weights["positional_embedding"] = torch.randn(77, 48, generator=generator)
+    path = save(tmp_path / "x.pt", weights)
+    assert run("--checkpoint", path, "--output-dir", tmp_path / "out") == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    ids = processor(text=["a photo of a cat"], return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407]]
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id == 49407
+    assert model.get_text_features(ids).pooler_output.shape == (1, 24)
+    # The folder itself is a source for another conversion.
+    again = ["--tokenizer", tmp_path / "out", "--output-dir", tmp_path / "again"]
+    assert run("--checkpoint", path, *again) == 0
+
+
+def test_no_vocabulary_to_be_found(tmp_path, caplog, monkeypatch, weights):
+    import clip_vocabulary
+
+    weights["token_embedding.weight"] = torch.zeros(49408, 48)
+    path = save(tmp_path / "x.pt", weights)
+    monkeypatch.setattr(clip_vocabulary, "PACKAGES", ("no_such_package",))
+    words = ["no_such_package", "--tokenizer", "--no-processor"]
+    failing(tmp_path, caplog, "--checkpoint", path, words=words)
+    with gzip.open(tmp_path / "short.txt.gz", "wt") as file:
+        file.write("header\na b\n")
+    caplog.clear()
+    args = ["--tokenizer", tmp_path / "short.txt.gz"]
+    failing(tmp_path, caplog, "--checkpoint", path, *args, words=["doesn't hold CLIP's merges"])
