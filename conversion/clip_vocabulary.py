@@ -4,8 +4,9 @@ import gzip
 import importlib.util
 from pathlib import Path
 
-from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from diffclip_hf import DiffCLIPTokenizer
 
 
 VOCABULARY_SIZE = 49408
@@ -34,7 +35,7 @@ def find_merges_file() -> Path:
     )
 
 
-def clip_tokenizer(merges_file: Path) -> CLIPTokenizer:
+def clip_tokenizer(merges_file: Path) -> DiffCLIPTokenizer:
     """Return CLIP's tokenizer, cutting at 77 tokens and padding with the end-of-text token.
 
     Args:
@@ -55,7 +56,7 @@ def clip_tokenizer(merges_file: Path) -> CLIPTokenizer:
         )
     tokens = byte_tokens + [token + "</w>" for token in byte_tokens]
     tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
+    return DiffCLIPTokenizer(
         vocab={token: token_id for token_id, token in enumerate(tokens)},
         merges=merges,  # type: ignore[arg-type]  # annotated as strings, but handed on to a BPE that takes pairs
         model_max_length=CONTEXT_LENGTH,

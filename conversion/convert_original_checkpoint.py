@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
 from original_keys import key_table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 from diffclip_hf import (
     DiffCLIPConfig,
     DiffCLIPImageProcessorPil,
     DiffCLIPModel,
     DiffCLIPProcessor,
+    DiffCLIPTokenizer,
     add_remote_code,
 )
 
@@ -263,6 +264,8 @@ def load_tokenizer(source: str | None, vocab_size: int) -> PreTrainedTokenizerBa
             tokenizer = clip_tokenizer(Path(source))
         elif source is not None:
             tokenizer = AutoTokenizer.from_pretrained(source)
+            if type(tokenizer) is CLIPTokenizer:
+                tokenizer = DiffCLIPTokenizer.from_pretrained(source)
         elif vocab_size == VOCABULARY_SIZE:
             tokenizer = clip_tokenizer(find_merges_file())
         else:
@@ -317,6 +320,7 @@ def convert(args: argparse.Namespace) -> None:
     tokenizer = None if args.no_processor else load_tokenizer(args.tokenizer, config.text_config.vocab_size)
     if tokenizer is not None:
         config.text_config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
     model = convert_state_dict(state_dict, config)
     save_folder(model, tokenizer, not args.no_processor, folder)
     logger.info("Wrote %s: %d parameters.", folder, model.num_parameters())

@@ -5,13 +5,18 @@ Importing the package registers its classes with Transformers' Auto classes.
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
 )
 
 from .attention_diffclip import differential_attention_map
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .image_processing_diffclip import DiffCLIPImageProcessor
+from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
 from .modeling_diffclip import (
     DiffCLIPForImageClassification,
     DiffCLIPModel,
@@ -21,9 +26,10 @@ from .modeling_diffclip import (
     DiffCLIPVisionModel,
     DiffCLIPVisionModelWithProjection,
 )
+from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
+from .remote_code import add_remote_code
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 for _config_class in (DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig):
     AutoConfig.register(_config_class.model_type, _config_class)
@@ -32,17 +38,29 @@ AutoModel.register(DiffCLIPTextConfig, DiffCLIPTextModel)
 AutoModel.register(DiffCLIPVisionConfig, DiffCLIPVisionModel)
 AutoModelForZeroShotImageClassification.register(DiffCLIPConfig, DiffCLIPModel)
 AutoModelForImageClassification.register(DiffCLIPConfig, DiffCLIPForImageClassification)
+AutoImageProcessor.register(
+    DiffCLIPConfig,
+    image_processor_classes={"torchvision": DiffCLIPImageProcessor, "pil": DiffCLIPImageProcessorPil},
+)
+AutoTokenizer.register(DiffCLIPConfig, fast_tokenizer_class=DiffCLIPTokenizer)
+AutoProcessor.register(DiffCLIPConfig, DiffCLIPProcessor)
 
 __all__ = [
     "DiffCLIPConfig",
     "DiffCLIPForImageClassification",
+    "DiffCLIPImageProcessor",
+    "DiffCLIPImageProcessorPil",
     "DiffCLIPModel",
     "DiffCLIPPreTrainedModel",
+    "DiffCLIPProcessor",
     "DiffCLIPTextConfig",
     "DiffCLIPTextModel",
     "DiffCLIPTextModelWithProjection",
+    "DiffCLIPTokenizer",
     "DiffCLIPVisionConfig",
     "DiffCLIPVisionModel",
     "DiffCLIPVisionModelWithProjection",
+    "__version__",
+    "add_remote_code",
     "differential_attention_map",
 ]

@@ -216,8 +216,6 @@ class DiffCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "diffclip"
-    # Transformers 5.20 and later derive `sub_configs` from `sub_configs_defaults`; earlier ones read it as written.
-    sub_configs_defaults: ClassVar[dict] = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
     sub_configs: ClassVar[dict] = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
 
     text_config: dict | DiffCLIPTextConfig | None = None

@@ -99,6 +99,15 @@ def image_text_contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     return (text_loss + image_loss) / 2
 
 
+def is_text(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> bool:
+    """Say whether a configuration is the text tower's.
+
+    By its model type, not its class: code that travels with a checkpoint may be loaded as two modules, one for the
+    configuration and one for the model, whose classes differ.
+    """
+    return config.model_type == DiffCLIPTextConfig.model_type
+
+
 def with_initial_std(module: nn.Module, std: float | None) -> nn.Module:
     """Note on a module the standard deviation with which `_init_weights` fills its weight; None for PyTorch's default.
 
@@ -110,7 +119,7 @@ def with_initial_std(module: nn.Module, std: float | None) -> nn.Module:
 
 def text_block_stds(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> tuple[float | None, float | None]:
     """Return the initial standard deviations of what reads and what writes a text block's residual; None in vision."""
-    if not isinstance(config, DiffCLIPTextConfig):
+    if not is_text(config):
         return None, None
     return config.hidden_size**-0.5, (config.hidden_size * 2 * config.num_hidden_layers) ** -0.5
 
@@ -227,7 +236,7 @@ class DiffCLIPAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         # Transformers' attention functions read this where no mask is given.
-        self.is_causal = isinstance(config, DiffCLIPTextConfig)
+        self.is_causal = is_text(config)
 
         width = config.hidden_size
         input_std, output_std = text_block_stds(config)
@@ -390,7 +399,7 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         # A tower initialises its own modules, so `config` is a tower's there and the whole model's elsewhere.
         config = self.config
         factor = config.initializer_factor
-        plain_vision = isinstance(config, DiffCLIPVisionConfig) and config.attention_type == "standard"
+        plain_vision = config.model_type == DiffCLIPVisionConfig.model_type and config.attention_type == "standard"
 
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             bias = getattr(module, "bias", None)

@@ -34,10 +34,23 @@ _MODEL_AUTO_MAPS = {
 }
 
 
-def _edit_json(path: Path, auto_map: dict) -> None:
-    """Write `auto_map` into a JSON file, beside it first."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["auto_map"] = auto_map
+_PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_diffclip.DiffCLIPProcessor"}
+_IMAGE_PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_diffclip.DiffCLIPImageProcessor",
+        "pil": "image_processing_pil_diffclip.DiffCLIPImageProcessorPil",
+    }
+}
+# A pair of a slow tokenizer, of which there is none, and a fast one.
+_TOKENIZER_AUTO_MAP = {"AutoTokenizer": [None, "processing_diffclip.DiffCLIPTokenizer"]}
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, beside it first."""
     beside = path.with_suffix(".json.new")
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
@@ -57,12 +70,29 @@ def add_remote_code(folder: str | os.PathLike) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; save a model there first.")
-    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    config = _read_json(config_file)
+    model_type = config.get("model_type")
     if model_type not in _MODEL_AUTO_MAPS:
         raise ValueError(f"model_type in {config_file} is {model_type!r}; it must be one of {list(_MODEL_AUTO_MAPS)}.")
     for name in CODE_FILES:
         shutil.copyfile(_PACKAGE / name, folder / name)
-    _edit_json(config_file, _MODEL_AUTO_MAPS[model_type])
+    _write_json(config_file, {**config, "auto_map": _MODEL_AUTO_MAPS[model_type]})
+
+    # Of the processor's files, those that are there and are of this package's classes.
+    processor_file = folder / "processor_config.json"
+    if processor_file.is_file():
+        content = _read_json(processor_file)
+        content["auto_map"] = _PROCESSOR_AUTO_MAP
+        content["image_processor"]["auto_map"] = _IMAGE_PROCESSOR_AUTO_MAP
+        _write_json(processor_file, content)
+    image_processor_file = folder / "preprocessor_config.json"
+    if image_processor_file.is_file():
+        _write_json(image_processor_file, {**_read_json(image_processor_file), "auto_map": _IMAGE_PROCESSOR_AUTO_MAP})
+    tokenizer_file = folder / "tokenizer_config.json"
+    if tokenizer_file.is_file():
+        content = _read_json(tokenizer_file)
+        if content.get("tokenizer_class") == "DiffCLIPTokenizer":
+            _write_json(tokenizer_file, {**content, "auto_map": _TOKENIZER_AUTO_MAP})
 
 
 __all__ = ["add_remote_code"]

@@ -1,0 +1,113 @@
+"""Measure the embedded model on the vendor that its training never saw.
+
+python embedded/evaluate.py --model embedded/diffclip-emoji --cache-dir .cache/embedded
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+import diffclip_hf  # noqa: F401 (registers the model with AutoModel)
+
+
+LABEL_SETS = (20, 100)
+REPETITIONS = 20
+
+
+def on_white(rgba: np.ndarray) -> Image.Image:
+    """Composite a drawing, (height, width, 4) uint8 RGBA, on white."""
+    image = Image.fromarray(rgba, "RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+@torch.inference_mode()
+def embed(
+    model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], texts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return L2-normalised embeddings, float32, (images, projection_dim) and (texts, projection_dim)."""
+    image_embeds = [
+        model.encode_image(processor(images=images[start : start + 256], return_tensors="pt")["pixel_values"])
+        for start in range(0, len(images), 256)
+    ]
+    tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    return torch.cat(image_embeds), model.encode_text(**tokens)
+
+
+def zero_shot(similarity: torch.Tensor, labels: int, seed: int) -> float:
+    """Return the top-1 accuracy where each image has its own name and `labels` - 1 random others to choose from.
+
+    Args:
+        similarity: (n, n), where row i is an image's and column i its own name's; a tie counts as wrong.
+        labels: How many labels there are to choose from, at most n.
+        seed: Of the random others, which are drawn `REPETITIONS` times for each image.
+    """
+    count = len(similarity)
+    generator = torch.Generator().manual_seed(seed)
+    correct = []
+    for _ in range(REPETITIONS):
+        # Distinct others for each image: the shuffled indices of all but itself.
+        noise = torch.rand(count, count, generator=generator).fill_diagonal_(2)
+        others = noise.topk(labels - 1, largest=False).indices
+        correct.append(similarity.diagonal()[:, None] > similarity.gather(1, others))
+    return torch.stack(correct).all(-1).float().mean().item()
+
+
+def recall(similarity: torch.Tensor, k: int) -> float:
+    """Return the share of rows whose own column is among the `k` most similar; a tie counts as less similar."""
+    rank = (similarity >= similarity.diagonal()[:, None]).sum(1) - 1
+    return (rank < k).float().mean().item()
+
+
+def measure(
+    model: PreTrainedModel, processor: ProcessorMixin, vendor: str, cache_dir: Path
+) -> dict[str, dict[str, float]]:
+    """Return every figure of the report, each beside chance: name → {"measured", "chance"}, as shares of 1."""
+    items = load_emoji(cache_dir)
+    images, present = load_drawings(vendor, items, cache_dir)
+    indices = np.flatnonzero(present)
+    image_embeds, text_embeds = embed(
+        model, processor, [on_white(images[i]) for i in indices], [items[i].name for i in indices]
+    )
+    similarity = image_embeds @ text_embeds.t()
+    count = len(indices)
+    report = {f"zero-shot top-1 among {n}": (zero_shot(similarity, n, seed=0), 1 / n) for n in LABEL_SETS}
+    for direction, matrix in (("image to text", similarity), ("text to image", similarity.t())):
+        for k in (1, 5):
+            report[f"{direction} Recall@{k} among {count}"] = (recall(matrix, k), k / count)
+    return {
+        name: {"measured": round(value, 4), "chance": round(chance, 4)} for name, (value, chance) in report.items()
+    }
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--cache-dir", type=Path, required=True)
+    parser.add_argument("--vendor", default=HELD_OUT, choices=[HELD_OUT, *TRAINING_VENDORS])
+    parser.add_argument("--report", type=Path, help="also write the figures into this JSON file")
+    args = parser.parse_args()
+    model = AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(args.model)
+    report = measure(model, processor, args.vendor, args.cache_dir)
+    lines = ["| measure | value | chance |", "|---|---|---|"]
+    lines += [f"| {name} | {row['measured']:.3f} | {row['chance']:.4f} |" for name, row in report.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    if args.report:
+        content = {"vendor": args.vendor, "parameters": model.num_parameters(), "figures": report}
+        beside = args.report.with_suffix(".new")
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(beside, args.report)
+
+
+if __name__ == "__main__":
+    main()
