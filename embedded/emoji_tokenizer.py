@@ -20,7 +20,7 @@ def train_tokenizer(texts: Iterable[str], merge_count: int, context_length: int)
 
     Args:
         texts: What to learn the merges from.
-        merge_count: How many merges; the vocabulary has up to 514 tokens more.
+        merge_count: How many merges, of which the vocabulary has 514 tokens more.
         context_length: The most tokens of a text, those of its start and end among them.
 
     Source: Sennrich et al. 2016 for the merges; Radford et al. 2021 (CLIP) for the format.
@@ -34,7 +34,9 @@ def train_tokenizer(texts: Iterable[str], merge_count: int, context_length: int)
     learner.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=len(base) + merge_count,
-        initial_alphabet=byte_tokens,
+        # Given as special tokens they have their ids beforehand, by which ties between equally frequent pairs are
+        # broken; otherwise ids, and with them the merges, would differ from run to run.
+        special_tokens=base,
         end_of_word_suffix="</w>",
         show_progress=False,
     )

@@ -15,7 +15,7 @@ from emoji_data import TRAINING_VENDORS, Emoji, load_drawings, load_emoji
 from emoji_tokenizer import train_tokenizer
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("train")
 
 IMAGE_SIZE = 48
 CONTEXT_LENGTH = 32
-MERGES = 1000
+MERGES = 1210
 MAX_LOGIT_SCALE = float(np.log(100))  # CLIP's own bound
 TEMPLATES = (
     "{}",
@@ -68,7 +68,10 @@ def build_model(vocab_size: int) -> DiffCLIPModel:
 
 
 class EmojiIndices(Dataset):
-    """The emoji's indices, so that a batch never holds one emoji twice; the collator picks drawing and caption."""
+    """The emoji's indices; the collator picks drawing and caption.
+
+    An epoch goes through each emoji once, so that a batch never holds one twice, whose pairs would count as wrong.
+    """
 
     def __init__(self, count: int):
         self.count = count
@@ -81,9 +84,19 @@ class EmojiIndices(Dataset):
 
 
 class EmojiCollator:
-    """Make a batch: for each emoji a random vendor's drawing, augmented, and one of its names in a template."""
+    """Make a batch: for each emoji a random vendor's drawing, augmented, and one of its names in a template.
 
-    def __init__(self, items: list[Emoji], vendors: tuple[str, ...], cache_dir: Path, tokenizer, seed: int):
+    Drawings aren't mirrored: arrows, hands and letters would be other emoji.
+    """
+
+    def __init__(
+        self,
+        items: list[Emoji],
+        vendors: tuple[str, ...],
+        cache_dir: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+    ):
         drawings = [load_drawings(vendor, items, cache_dir) for vendor in vendors]
         self.items = items
         self.images = torch.from_numpy(np.stack([images for images, _ in drawings])).permute(0, 1, 4, 2, 3)
@@ -97,7 +110,7 @@ class EmojiCollator:
         return low + (high - low) * torch.rand(count, generator=self.generator)
 
     def _caption(self, item: Emoji) -> str:
-        # Half the time the name by which it will be asked for.
+        # Mostly the name by which it will be asked for.
         name = item.name
         if item.others and self.random.random() < 0.4:
             name = str(self.random.choice(item.others))
@@ -159,7 +172,7 @@ class ClampLogitScale(TrainerCallback):
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
 
-def save(model: DiffCLIPModel, tokenizer, folder: Path) -> None:
+def save(model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the model in float16 with its processor."""
     model.to(torch.float16).save_pretrained(folder)
     image_processor = DiffCLIPImageProcessorPil(

@@ -1,0 +1,70 @@
+"""Imports point one way, and the files that travel with a checkpoint are flat."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from diffclip_hf.remote_code import CODE_FILES
+
+
+PACKAGE = Path(__file__).parent.parent / "src" / "diffclip_hf"
+# File → the siblings that it may import.
+ARROWS = {
+    "configuration_diffclip": set(),
+    "attention_diffclip": set(),
+    "modeling_diffclip": {"attention_diffclip", "configuration_diffclip"},
+    # The two image processors name each other for Transformers' copying of files; at run time the arrow is one way.
+    "image_processing_pil_diffclip": {"image_processing_diffclip"},
+    "image_processing_diffclip": {"image_processing_pil_diffclip"},
+    "processing_diffclip": {"image_processing_diffclip", "image_processing_pil_diffclip"},
+    "remote_code": set(),
+    "version": set(),
+    "__init__": {
+        "attention_diffclip",
+        "configuration_diffclip",
+        "image_processing_diffclip",
+        "image_processing_pil_diffclip",
+        "modeling_diffclip",
+        "processing_diffclip",
+        "remote_code",
+        "version",
+    },
+}
+# What may be imported without a guard in code that travels: Transformers refuses to load it where one is missing.
+TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+
+
+def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def test_every_file_is_in_the_table():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_siblings(name):
+    relative = [node for node in imports(PACKAGE / f"{name}.py") if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.level == 1 and node.module for node in relative), "only `from .name import thing`"
+    assert {node.module for node in relative} <= ARROWS[name]
+
+
+def test_the_code_that_travels_names_every_file_that_it_needs():
+    travelling = {Path(name).stem for name in CODE_FILES}
+    for name in travelling:
+        assert ARROWS[name] <= travelling
+
+
+@pytest.mark.parametrize("name", [Path(name).stem for name in CODE_FILES])
+def test_the_code_that_travels_imports_what_everyone_has(name):
+    import sys
+
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    top_level = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in top_level:
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            continue
+        roots = {module.split(".")[0] for module in modules}
+        assert roots <= TRAVELLING_IMPORTS | set(sys.stdlib_module_names), roots
