@@ -58,6 +58,6 @@ def clip_tokenizer(merges_file: Path) -> DiffCLIPTokenizer:
     tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     return DiffCLIPTokenizer(
         vocab={token: token_id for token_id, token in enumerate(tokens)},
-        merges=merges,  # type: ignore[arg-type]  # annotated as strings, but handed on to a BPE that takes pairs
+        merges=merges,
         model_max_length=CONTEXT_LENGTH,
     )

@@ -42,7 +42,7 @@ def run(code: str, folder: Path, modules: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """`clip/`, `classifier/` and `vision/`, with processors and without code, and the first's logits in `expected.pt`."""
+    """Three models' folders, with processors and without code, and the first one's logits in `expected.pt`."""
     root = tmp_path_factory.mktemp("folders")
     torch.manual_seed(0)
     tokenizer = tiny_clip_tokenizer(DiffCLIPTokenizer)
