@@ -177,6 +177,7 @@ def infer_config(
     projection_dim = _shape(state_dict, "image_projection", 2)[1]
 
     def attention(tower: str, differential: bool, key: str, width: int, given: int | None) -> dict[str, Any]:
+        """Return the attention fields of a tower's configuration."""
         lambda_length = _shape(state_dict, key, 1)[0] if differential else None
         return {
             "attention_type": "differential" if differential else "standard",

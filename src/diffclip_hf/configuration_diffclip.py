@@ -26,9 +26,8 @@ def _validate_attention(config: "DiffCLIPTextConfig | DiffCLIPVisionConfig") -> 
     """Raise a ValueError that names the field, its value and what is allowed, for the fields both towers share."""
     owner = type(config).__name__
     heads, width, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"{owner}.{field} is {getattr(config, field)}; it must be at least 1.")
+    if heads < 1:
+        raise ValueError(f"{owner}.num_attention_heads is {heads}; it must be at least 1.")
     if width % heads != 0:
         raise ValueError(
             f"{owner}.num_attention_heads is {heads}; it must divide hidden_size, which is {width}, without remainder."

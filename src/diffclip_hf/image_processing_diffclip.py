@@ -56,6 +56,7 @@ class DiffCLIPImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls):
+        """Read what is given as a path or URL; see `fetch_images`."""
         return fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images, expected_ndims=3):
@@ -65,6 +66,7 @@ class DiffCLIPImageProcessor(TorchvisionBackend):
     def process_image(
         self, image, do_convert_rgb=None, input_data_format=None, device=None, do_rescale=None, **kwargs
     ) -> torch.Tensor:
+        """Turn any image into an RGB tensor, (3, height, width), on `device`."""
         if not do_convert_rgb:
             return super().process_image(
                 image, do_convert_rgb=False, input_data_format=input_data_format, device=device
@@ -82,6 +84,7 @@ class DiffCLIPImageProcessor(TorchvisionBackend):
         return tv_functional.center_crop(image, [size.height, size.width])
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
         return with_both_backends(super().to_dict(), self._auto_class)
 
 

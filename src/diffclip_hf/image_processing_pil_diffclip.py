@@ -246,6 +246,7 @@ class DiffCLIPImageProcessorPil(PilBackend):
     do_convert_rgb = True
 
     def fetch_images(self, image_url_or_urls):
+        """Read what is given as a path or URL; see `fetch_images`."""
         return fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images, expected_ndims=3):
@@ -253,6 +254,7 @@ class DiffCLIPImageProcessorPil(PilBackend):
         return flatten_images(self.fetch_images(images))
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, **kwargs):
+        """Turn any image into an RGB array, (3, height, width)."""
         if not do_convert_rgb:
             return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format)
         if isinstance(image, Image.Image):
@@ -260,6 +262,7 @@ class DiffCLIPImageProcessorPil(PilBackend):
         return array_to_rgb(image, do_rescale, input_data_format).cpu().numpy()
 
     def resize(self, image, size, resample=None, reducing_gap=None, **kwargs):
+        """Resize an image, (channels, height, width); floats too, without rounding."""
         if not np.issubdtype(image.dtype, np.floating):
             return super().resize(image, size, resample=resample, reducing_gap=reducing_gap, **kwargs)
         # Transformers' own would round floats to 8 bits.
@@ -286,6 +289,7 @@ class DiffCLIPImageProcessorPil(PilBackend):
         return image[:, top : top + size.height, left : left + size.width]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
         return with_both_backends(super().to_dict(), self._auto_class)
 
 

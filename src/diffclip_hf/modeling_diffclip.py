@@ -171,6 +171,7 @@ class DiffCLIPVisionEmbeddings(nn.Module):
         return torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Return (batch, 1 + patches, hidden_size); the arguments and errors of `DiffCLIPVisionModel.forward`."""
         batch_size, _, height, width = pixel_values.shape
         if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
@@ -201,6 +202,7 @@ class DiffCLIPTextEmbeddings(nn.Module):
         )
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Return (batch, tokens, hidden_size) of ids and positions, (batch, tokens)."""
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
@@ -213,11 +215,13 @@ class DiffCLIPRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return weight · x / sqrt(mean(x²) + eps), of the input's shape and dtype."""
         wide = hidden_states.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
+        """Return what `print(model)` shows."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
@@ -271,6 +275,7 @@ class DiffCLIPAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output, (batch, tokens, hidden_size), and the softmax maps or None."""
         output, maps = self._attend(hidden_states, attention_mask, **kwargs)
         return self.out_proj(output.flatten(2)), maps
 
@@ -331,6 +336,7 @@ class DiffCLIPMLP(nn.Module):
         self.fc2 = with_initial_std(nn.Linear(config.intermediate_size, config.hidden_size), output_std)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return (batch, tokens, hidden_size), of the same shape."""
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -350,6 +356,7 @@ class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
+        """Return the block's output, (batch, tokens, hidden_size)."""
         attention_output, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -368,6 +375,7 @@ class DiffCLIPEncoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
+        """Return the last block's output, (batch, tokens, hidden_size)."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return hidden_states
@@ -386,6 +394,7 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": DiffCLIPEncoderLayer, "attentions": DiffCLIPAttention}
 
     def post_init(self) -> None:
+        """Initialise the weights and what Transformers keeps of a model."""
         super().post_init()
         # Transformers adds each tower's patterns to the whole model's, where they would hide unexpected keys.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
@@ -449,6 +458,7 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
     config_class = DiffCLIPTextConfig
     base_model_prefix = "text_model"
     input_modalities = ("text",)
+    _input_embed_layer = "token_embedding"
     # What a whole model's folder holds besides this tower.
     _keys_to_ignore_on_load_unexpected = [
         r"^vision_model\.",
@@ -463,12 +473,6 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
         self.encoder = DiffCLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = value
 
     def _text_start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Return the index of each text's first token, (batch, 1): what stands before it is left padding."""
@@ -567,6 +571,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
     # What a whole model's folder holds besides this tower.
     _keys_to_ignore_on_load_unexpected = [
         r"^text_model\.",
@@ -581,9 +586,6 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
         self.encoder = DiffCLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embedding
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -632,9 +634,11 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -778,12 +782,6 @@ class DiffCLIPTextModelWithProjection(DiffCLIPPreTrainedModel):
         self.text_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
-
     @can_return_tuple
     def forward(
         self,
@@ -827,9 +825,6 @@ class DiffCLIPVisionModelWithProjection(DiffCLIPPreTrainedModel):
         self.vision_model = DiffCLIPVisionModel._from_config(config)
         self.visual_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(
@@ -875,7 +870,12 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the patch embedding."""
         return self.vision_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the patch embedding."""
+        self.vision_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
