@@ -207,6 +207,17 @@ def test_attentions_under_sdpa_are_a_clear_error(model_class, how):
     assert len(out.attentions) == 3, names
 
 
+@all_classes
+def test_what_the_configuration_asks_for_is_returned(model_class):
+    model, inputs, _ = build(model_class)
+    model.config.output_attentions = True
+    model.config.output_hidden_states = True
+    out = model(**inputs)
+    towers = (out.text_model_output, out.vision_model_output) if model_class is DiffCLIPModel else (out,)
+    for tower in towers:
+        assert (len(tower.attentions), len(tower.hidden_states)) == (3, 4)
+
+
 def test_attention_implementation_that_is_not_supported_is_refused():
     with pytest.raises((ValueError, ImportError), match=r"(?i)flash"):
         DiffCLIPModel(tiny_config(attn_implementation="flash_attention_2"))

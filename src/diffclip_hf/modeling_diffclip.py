@@ -438,6 +438,11 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DiffCLIPModel):
             init.constant_(module.logit_scale, config.logit_scale_init_value)
 
+    def _tower_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Add what the whole model's configuration asks of its towers, which read their own configuration alone."""
+        asked = {flag: True for flag in ("output_attentions", "output_hidden_states") if getattr(self.config, flag)}
+        return {**asked, **kwargs}
+
     def _check_output_attentions(self, output_attentions: bool | None) -> None:
         """Raise a ValueError where attentions are asked of an implementation that never has them."""
         if output_attentions is None:
@@ -662,7 +667,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             return_dict=True,
-            **kwargs,
+            **self._tower_kwargs(kwargs),
         )
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
@@ -683,7 +688,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
-            **kwargs,
+            **self._tower_kwargs(kwargs),
         )
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
@@ -898,7 +903,7 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
-            **kwargs,
+            **self._tower_kwargs(kwargs),
         )
         logits = self.classifier(outputs.last_hidden_state[:, 1:].mean(dim=1))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
