@@ -93,7 +93,7 @@ def table(names: list[str], answers: list[str | None], results: list[list[dict]]
     """Return the best labels of each picture with their scores, as aligned text.
 
     Args:
-        names: What each picture is called.
+        names: Each picture's file name.
         answers: The right label of each picture, or None where it isn't known.
         results: For each picture its labels and scores as the pipeline gives them, the best first.
     """
@@ -124,7 +124,7 @@ def draw(
         row, column = divmod(index, columns)
         axes = figure.add_subplot(grid[2 * row, column])
         axes.imshow(picture, interpolation="bicubic")
-        axes.set_title(name, fontsize=12, fontweight="bold")
+        axes.set_title(answer or name, fontsize=12, fontweight="bold")
         axes.axis("off")
 
         best = result[:SHOWN]
@@ -161,8 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     except DemoError as error:
         logger.error("%s", error)
         return 1
-    names = list(PICTURES.values()) if args.image is None else [paths[0].name]
-    answers = [name if args.image is None and name in labels else None for name in names]
+    names = [path.name for path in paths]
+    known = PICTURES if args.image is None else {}
+    answers = [answer if (answer := known.get(name)) in labels else None for name in names]
     # The weights are stored in float16 to keep the repository small.
     classifier = pipeline("zero-shot-image-classification", model=str(MODEL), dtype=torch.float32, device="cpu")
     results = classifier(pictures, candidate_labels=labels, hypothesis_template="{}")
