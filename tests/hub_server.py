@@ -59,7 +59,15 @@ class Repository:
 
 @dataclass
 class Failure:
-    """What goes wrong with requests whose method and path fit, the first `times` of them."""
+    """What goes wrong with requests whose method and path fit, the first `times` of them.
+
+    Attributes:
+        status, headers: Answer with these and do nothing.
+        cut: Close the connection at half of the request's body or, of a download, of the answer's.
+        flip_at: Index of the byte of the answer's body that is sent wrong.
+        lose_answer: Do what was asked, and close the connection instead of answering.
+        before: Called before the request is dealt with.
+    """
 
     method: str
     path: str
@@ -69,6 +77,7 @@ class Failure:
     cut: bool = False
     flip_at: int | None = None
     lose_answer: bool = False
+    before: Callable[[], object] | None = None
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a defect
@@ -197,6 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self._refused(Refusal(failure.status, code, "injected"), failure.headers))
         try:
             with self.hub.lock:
+                if failure is not None and failure.before is not None:
+                    failure.before()
                 answer = self._route()
         except Refusal as refusal:
             answer = self._refused(refusal)
