@@ -228,7 +228,8 @@ def front_matter(card: Card, variant: str, source: str | None, dataset: str | No
     """Return the metadata that the Hub reads, as YAML."""
     return ModelCardData(
         license=card.license,
-        language="en",
+        # Both training sets that are known here have English captions.
+        language="en" if dataset else None,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         datasets=[data["datasets"][dataset]["id"]] if dataset else None,

@@ -15,15 +15,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from convert_original_checkpoint import REPORT_FILE
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from model_card import Card, CardError, read_json, render_card
 from parity_gate import MAX_ERROR
 from safetensors import SafetensorError, safe_open
 
-from diffclip_hf import add_remote_code
+from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, add_remote_code
 from diffclip_hf.remote_code import CODE_FILES
 
 
@@ -73,9 +74,7 @@ def check_folder(folder: Path) -> list[Path]:
     weights = sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
     if not any(path.suffix == ".safetensors" for path in weights):
         raise PushError(f"DIR {folder} has no model.safetensors.")
-    for path in weights:
-        if path.suffix == ".safetensors":
-            check_safetensors(path)
+    check_weights([path for path in weights if path.suffix == ".safetensors"], folder)
     others = [folder / name for name in (*REQUIRED, *OPTIONAL) if (folder / name).is_file()]
     chosen = {*weights, *others, *(folder / name for name in CODE_FILES)}
     left_out = sorted(path.name for path in folder.iterdir() if path not in chosen)
@@ -84,13 +83,28 @@ def check_folder(folder: Path) -> list[Path]:
     return [*weights, *others]
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise a PushError unless a file is whole and of safetensors' format."""
+def check_weights(weights: Iterable[Path], folder: Path) -> None:
+    """Raise a PushError unless files are whole and hold the tensors of the folder's configuration, and no others."""
+    found: dict[str, list[int]] = {}
+    for path in weights:
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise PushError(f"{path} can't be read as safetensors: {error}") from error
     try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except SafetensorError as error:
-        raise PushError(f"{path} can't be read as safetensors: {error}") from error
+        with torch.device("meta"):
+            model = DiffCLIPModel(DiffCLIPConfig.from_pretrained(folder))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise PushError(f"{folder / 'config.json'} is not valid: {error}") from error
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if found != expected:
+        names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise PushError(
+            f"DIR {folder}: the weights aren't those of config.json, which differ in {', '.join(names[:3])}"
+            f"{' and others' if len(names) > 3 else ''}: {names[0]} has shape {found.get(names[0])}; it must have "
+            f"{expected.get(names[0])}."
+        )
 
 
 def check_report(folder: Path) -> dict[str, Any] | None:

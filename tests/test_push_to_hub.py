@@ -321,6 +321,17 @@ def test_refuses_damaged_weights(push, hub, folder):
     refused(push, hub, folder, words=r"has no model\.safetensors")
 
 
+def test_refuses_weights_of_another_configuration(push, hub, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    words = r"vision_model\.encoder\.layers\.2\..* and others: .* it must have None"
+    refused(push, hub, folder, words=words)
+    config["vision_config"]["lambda_init"] = "deep"
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(push, hub, folder, words=r"config\.json is not valid: .*'deep'")
+
+
 @pytest.mark.parametrize("error", [2e-4, float("nan")])
 def test_refuses_a_model_beyond_the_limit(push, hub, folder, error):
     content = report(folder)
