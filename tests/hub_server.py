@@ -7,11 +7,13 @@ that are served from another host by redirect, bearer tokens, private and gated 
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -200,7 +202,20 @@ class _Handler(BaseHTTPRequestHandler):
         if failure is not None and failure.cut and self.command in ("POST", "PUT"):
             self.rfile.read(length // 2)
             return self._cut()
-        self.body = self._read_body(length)
+        # The content of a large file is never in memory as a whole.
+        self.incoming = self.hub.objects / f"incoming-{uuid.uuid4().hex}"
+        try:
+            if self.command == "PUT":
+                self.body = b""
+                with self.incoming.open("wb") as file:
+                    file.writelines(self._pieces(length))
+            else:
+                self.body = b"".join(self._pieces(length))
+            return self._act(failure)
+        finally:
+            self.incoming.unlink(missing_ok=True)
+
+    def _act(self, failure: Failure | None) -> None:
         if failure is not None and failure.status is not None:
             code = failure.headers.get("X-Error-Code", "")
             return self._send(self._refused(Refusal(failure.status, code, "injected"), failure.headers))
@@ -223,15 +238,16 @@ class _Handler(BaseHTTPRequestHandler):
                     return failure
         return None
 
-    def _read_body(self, length: int) -> bytes:
+    def _pieces(self, length: int) -> Iterator[bytes]:
+        """Yield the request's body."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(length)
-        parts = []
+            for start in range(0, length, CHUNK):
+                yield self.rfile.read(min(CHUNK, length - start))
+            return
         while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
+            yield self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return b"".join(parts)
 
     def _cut(self) -> None:
         self.hub.requests.append((self.command, self.path, 0))
@@ -264,13 +280,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.path, status))
 
     def _send_body(self, body: bytes | Path, start: int, end: int, flip_at: int | None) -> None:
-        content = body.read_bytes() if isinstance(body, Path) else body
-        if flip_at is not None:
-            changed = bytearray(content)
-            changed[flip_at] ^= 0xFF
-            content = bytes(changed)
-        for position in range(start, end, CHUNK):
-            self.wfile.write(content[position : min(position + CHUNK, end)])
+        with body.open("rb") if isinstance(body, Path) else io.BytesIO(body) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(start)
+            for position in range(start, end, CHUNK):
+                piece = bytearray(file.read(min(CHUNK, end - position)))
+                if flip_at is not None and 0 <= flip_at % size - position < len(piece):
+                    piece[flip_at % size - position] ^= 0xFF
+                self.wfile.write(piece)
 
     # Who may do what --------------------------------------------------------------------------------------------
 
@@ -416,9 +433,13 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer.of({"transfer": "basic", "objects": answers})
 
     def upload(self, oid: str) -> Answer:
-        if hashlib.sha256(self.body).hexdigest() != oid:
+        digest = hashlib.sha256()
+        with self.incoming.open("rb") as file:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
+        if digest.hexdigest() != oid:
             raise Refusal(400, message="The content's hash isn't the one that was announced")
-        (self.hub.objects / oid).write_bytes(self.body)
+        self.incoming.rename(self.hub.objects / oid)
         return Answer()
 
     def verify(self, oid: str) -> Answer:

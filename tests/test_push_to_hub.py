@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convert_original_checkpoint
 import push_to_hub
 import pytest
 import torch
@@ -16,7 +17,9 @@ from hub_client import WITHOUT_PACKAGE, Client, picture, save_tiny
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import ModelCard
 from model_card import Card, render_card
+from parity_models import formula_state_dict, golden
 from safetensors.torch import load_file, save_file
+from tolerances import PARITY_WITH_ORIGINAL, relative_error
 
 from diffclip_hf import DiffCLIPConfig
 from diffclip_hf.remote_code import CODE_FILES
@@ -278,6 +281,35 @@ def test_a_model_of_another_size_gets_no_figures(hub, push, folder):
     card = hub.head("org/small")["README.md"].content.decode()
     assert "none of its figures apply" in card
     assert "33.8" not in card
+
+
+@pytest.mark.slow
+def test_a_full_size_checkpoint_from_file_to_hub_to_logits(hub, push, tmp_path):
+    """Convert, check, push, and load by id without the package: the logits are those of the original's code."""
+    checkpoint = tmp_path / "checkpoint_best.pt"
+    torch.save({"state_dict": formula_state_dict("diffclip")}, checkpoint)
+    folder = tmp_path / "diffclip-vitb16"
+    converted = ["--checkpoint", checkpoint, "--output-dir", folder, "--variant", "diffclip"]
+    assert convert_original_checkpoint.main([str(part) for part in converted]) == 0
+    status, log = push(folder, "org/diffclip-vitb16")
+    assert status == 0
+    assert log.startswith("Pushed ")
+    tensors, _ = golden("diffclip", "vitb16")
+    save_file({name: tensors[name] for name in ("input_ids", "pixel_values")}, tmp_path / "inputs.safetensors")
+    stranger = Client(hub, tmp_path / "stranger", WITHOUT_PACKAGE)
+    found = stranger(f"""
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+AutoProcessor.from_pretrained("org/diffclip-vitb16", trust_remote_code=True)
+model = AutoModel.from_pretrained("org/diffclip-vitb16", trust_remote_code=True, dtype=torch.float32)
+with torch.inference_mode():
+    result = model(**load_file({str(tmp_path / "inputs.safetensors")!r})).logits_per_image.tolist()
+""")
+    stranger.close()
+    error = relative_error(torch.tensor(found), tensors["logits_per_image"])
+    assert error <= PARITY_WITH_ORIGINAL
+    shutil.rmtree(tmp_path)
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
