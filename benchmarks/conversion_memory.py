@@ -91,7 +91,12 @@ def measure(variant: str) -> dict:
         "limit": LIMIT,
         "gate_largest_error": report["gate"]["largest_error"],
         "gate_inputs": list(report["gate"]["errors"]),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
         "versions": report["versions"],
     }
 

@@ -40,6 +40,8 @@ def check_config(config: DiffCLIPConfig) -> None:
         (text, "layer_norm_eps", 1e-5),
         (vision, "diff_norm_eps", 1e-5),
         (text, "diff_norm_eps", 1e-5),
+        # The original pools at the largest id of a text.
+        (text, "eos_token_id", text.vocab_size - 1),
     ]
     for tower, field, value in fixed:
         if getattr(tower, field) != value:

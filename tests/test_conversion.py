@@ -219,6 +219,19 @@ def test_another_architecture_is_refused(tmp_path, caplog):
     failing(tmp_path, caplog, "--checkpoint", path, words=words)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts memory as Linux does")
+def test_optimizer_state_stays_on_disk(tmp_path, weights):
+    path = save(tmp_path / "x.pt", weights, optimizer={"state": {0: {"exp_avg": torch.ones(50_000_000)}}})
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    assert conversion.load_state_dict(path).keys() == weights.keys()
+    assert path.stat().st_size > 200_000_000
+    assert resident() - before < 50_000_000
+
+
 def test_what_slips_trainer_pickles_is_read(tmp_path, weights):
     """Its arguments, and metrics that are numpy scalars."""
     args = argparse.Namespace(model="DiffCLIP_VITB16", betas=(0.9, 0.98))

@@ -98,6 +98,8 @@ def test_what_is_no_original_is_refused(tmp_path, folder, caplog):
     activation = changed(folder, tmp_path / "activation", "vision_config", hidden_act="quick_gelu")
     words = ["DiffCLIPVisionConfig.hidden_act is 'quick_gelu'; the original only has 'gelu'"]
     failing(caplog, activation, output, words)
+    end = changed(folder, tmp_path / "end", "text_config", eos_token_id=2)
+    failing(caplog, end, output, ["DiffCLIPTextConfig.eos_token_id is 2; the original only has 299"])
     wider = changed(folder, tmp_path / "wider", "text_config", intermediate_size=200)
     failing(caplog, wider, output, ["has shape (192, 48); config.json says (200, 48)"])
     deeper = changed(folder, tmp_path / "deeper", "text_config", num_hidden_layers=5)
