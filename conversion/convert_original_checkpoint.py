@@ -399,7 +399,10 @@ def convert(args: argparse.Namespace) -> None:
         }
         content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         (beside / REPORT_FILE).write_text(content, encoding="utf-8")
+        # mkdtemp and safetensors write for their owner alone.
         beside.chmod(0o755)
+        for file in beside.iterdir():
+            file.chmod(0o644)
         if folder.is_dir():
             folder.rmdir()
         beside.rename(folder)
