@@ -1,26 +1,40 @@
 """Convert a checkpoint of the original DiffCLIP code, or of its CLIP baseline, into a Transformers folder.
 
+python conversion/convert_original_checkpoint.py --repo-id hammh0a/DiffCLIP_ViTB16_CC12M --output-dir diffclip-vitb16
 python conversion/convert_original_checkpoint.py --checkpoint checkpoint_best.pt --output-dir diffclip-vitb16
+
+The folder is written only if it gives the numbers of the original's forward pass; `conversion_report.json` in it says
+how closely, and what was assumed.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import math
+import platform
 import re
 import shutil
 import sys
 import tempfile
-import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
+import safetensors
 import torch
+import transformers
 from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
+from download import KNOWN_REPOSITORIES, download_checkpoint
+from original_checkpoint import ConversionError, load_state_dict
 from original_keys import key_table
+from parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
+import diffclip_hf
 from diffclip_hf import (
     DiffCLIPConfig,
     DiffCLIPImageProcessorPil,
@@ -33,8 +47,6 @@ from diffclip_hf import (
 
 logger = logging.getLogger("convert_original_checkpoint")
 
-# numpy has no public name for the function that its scalars are pickled by.
-NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 # Variant → (vision differential, text differential, lambda_init); the four models of the paper.
 VARIANTS: dict[str, tuple[bool, bool, float | str]] = {
     "diffclip": (True, True, 0.8),
@@ -42,51 +54,18 @@ VARIANTS: dict[str, tuple[bool, bool, float | str]] = {
     "diffclip-dagger": (True, False, 0.8),
     "clip": (False, False, 0.8),
 }
-# What SLIP's trainer pickles beside tensors: its arguments, and numpy scalars among the metrics. The second form of a
-# pair is the name under which older numpy wrote the same function.
-ALLOWED_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-    np.dtypes.Int64DType,
-    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-]
 HEAD_DIM = 64
+# SLIP's ViT-S/16, whose standard image tower has narrower heads: width → heads.
+SLIP_VISION_HEADS = {384: 12}
+# SLIP's head for the self-supervised loss, of no use after training.
+SELF_SUPERVISED_HEAD = "image_mlp."
+REPORT_FILE = "conversion_report.json"
 
 
-class ConversionError(Exception):
-    """The checkpoint or an option doesn't fit; the message says which key or option, and what is expected."""
-
-
-def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's weights, never unpickling anything outside the allow-list.
-
-    Args:
-        path: A file that SLIP's trainer wrote, or a bare state dict saved by `torch.save`.
-
-    Returns:
-        Original key, without `module.`, → tensor, mapped from the file rather than read where its format allows.
-
-    Raises:
-        ConversionError: The file is missing, isn't a checkpoint, or holds objects outside the allow-list.
-    """
-    if not path.is_file():
-        raise ConversionError(f"--checkpoint {path} is not a file.")
-    try:
-        with torch.serialization.safe_globals(ALLOWED_GLOBALS):
-            # Only the zip format can be mapped; PyTorch before 1.6 wrote another.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise ConversionError(f"--checkpoint {path} can't be read as a checkpoint of tensors: {error}") from error
-    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise ConversionError(f"--checkpoint {path} holds no state dict, but a {type(checkpoint).__name__}.")
-    for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise ConversionError(f"Key {key!r} is a {type(value).__name__}; it must be a tensor.")
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+def assume(assumptions: list[str], message: str) -> None:
+    """Log and note what the checkpoint doesn't tell."""
+    logger.warning("%s", message)
+    assumptions.append(message)
 
 
 def _shape(state_dict: Mapping[str, torch.Tensor], key: str, dimensions: int) -> torch.Size:
@@ -104,11 +83,14 @@ def _depth(state_dict: Mapping[str, torch.Tensor], blocks: str) -> int:
     pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
     layers = [int(match[1]) for match in map(pattern.match, state_dict) if match]
     if not layers:
-        raise ConversionError(f"No key starts with {blocks!r}: this is no checkpoint of DiffCLIP or SLIP's CLIP.")
+        raise ConversionError(
+            f"No key starts with {blocks!r}: this is no checkpoint of DiffCLIP or of SLIP's CLIP. Its first keys are "
+            f"{sorted(state_dict)[:3]}."
+        )
     return max(layers) + 1
 
 
-def _heads(tower: str, width: int, lambda_length: int | None, given: int | None) -> int:
+def _heads(tower: str, width: int, lambda_length: int | None, given: int | None, assumptions: list[str]) -> int:
     """Return a tower's number of heads: from λ's length, else from the option, else one every 64 channels."""
     if lambda_length is not None:
         if width % lambda_length != 0:
@@ -117,15 +99,22 @@ def _heads(tower: str, width: int, lambda_length: int | None, given: int | None)
         if given is not None and given != heads:
             raise ConversionError(f"--{tower}-heads is {given}; the checkpoint's λ vectors say {heads}.")
         return heads
-    if given is None:
-        if width % HEAD_DIM != 0:
-            raise ConversionError(
-                f"The {tower} tower is standard and {width} wide, so its heads can't be read off the keys; pass "
-                f"--{tower}-heads."
-            )
-        given = width // HEAD_DIM
-        logger.warning("--%s-heads not given: assuming %d, one every %d channels.", tower, given, HEAD_DIM)
-    return given
+    if given is not None:
+        if given < 1 or width % given != 0:
+            raise ConversionError(f"--{tower}-heads is {given}; it must divide the {tower} tower's width, {width}.")
+        return given
+    if tower == "vision" and width in SLIP_VISION_HEADS:
+        heads = SLIP_VISION_HEADS[width]
+        assume(assumptions, f"--vision-heads not given: assuming {heads}, those of SLIP's ViT-S/16.")
+        return heads
+    if width % HEAD_DIM != 0:
+        raise ConversionError(
+            f"The {tower} tower is standard and {width} wide, so its heads can't be read off the keys; pass "
+            f"--{tower}-heads."
+        )
+    heads = width // HEAD_DIM
+    assume(assumptions, f"--{tower}-heads not given: assuming {heads}, one every {HEAD_DIM} channels.")
+    return heads
 
 
 def infer_config(
@@ -134,6 +123,7 @@ def infer_config(
     text_heads: int | None = None,
     vision_heads: int | None = None,
     image_size: int | None = None,
+    assumptions: list[str] | None = None,
 ) -> DiffCLIPConfig:
     """Read a model's configuration off its original keys and shapes.
 
@@ -142,17 +132,19 @@ def infer_config(
         variant: `"auto"` or a key of `VARIANTS`. Only `"diffclip-star"` has to be told: λ_init is in no checkpoint.
         text_heads, vision_heads: Heads of a standard tower, which can't be read; one every 64 channels by default.
         image_size: In pixels; by default patch size × side of the position grid.
+        assumptions: Gets a sentence for each thing that neither the keys nor an option tell.
 
     Raises:
         ConversionError: A key is missing or misshapen, or an option contradicts the keys.
     """
+    assumptions = [] if assumptions is None else assumptions
     vision_layers, text_layers = _depth(state_dict, "visual.blocks"), _depth(state_dict, "transformer.resblocks")
     vision_lambda, text_lambda = "visual.blocks.0.attn.lambda_q1", "transformer.resblocks.0.attn.lambda_q1"
     found = (vision_lambda in state_dict, text_lambda in state_dict)
     lambda_init: float | str = 0.8
     if variant == "auto":
         if any(found):
-            logger.warning("--variant not given: assuming lambda_init 0.8, that of every released DiffCLIP.")
+            assume(assumptions, "--variant not given: assuming lambda_init 0.8, that of every released DiffCLIP.")
     else:
         *expected, lambda_init = VARIANTS[variant]
         if found != tuple(expected):
@@ -181,7 +173,7 @@ def infer_config(
         lambda_length = _shape(state_dict, key, 1)[0] if differential else None
         return {
             "attention_type": "differential" if differential else "standard",
-            "num_attention_heads": _heads(tower, width, lambda_length, given),
+            "num_attention_heads": _heads(tower, width, lambda_length, given, assumptions),
             "lambda_init": lambda_init,
         }
 
@@ -231,6 +223,9 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPC
     if missing or unexpected:
         raise ConversionError(f"The keys don't fit. Missing: {missing or 'none'}. Unexpected: {unexpected or 'none'}.")
 
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values())
+    if set(dtypes) != {"float32"}:
+        logger.warning("Converting to float32 what the checkpoint has as %s (number of tensors).", dict(dtypes))
     converted: dict[str, torch.Tensor] = {}
     for entry in table:
         tensor = state_dict[entry.original]
@@ -239,7 +234,10 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPC
             raise ConversionError(
                 f"Key {entry.original!r} has shape {tuple(tensor.shape)}; it must be {tuple(expected)}."
             )
-        if not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            raise ConversionError(f"Key {entry.original!r} is of {tensor.dtype}; it must be of a floating-point type.")
+        # Not isfinite(), whose intermediates would be another copy of the largest tensor in memory.
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ConversionError(f"Key {entry.original!r} holds NaN or infinite values; every value must be finite.")
         converted.update(zip(entry.port, entry.layout.to_port(tensor.float()), strict=True))
     model.load_state_dict(converted, strict=True, assign=True)
@@ -285,52 +283,144 @@ def load_tokenizer(source: str | None, vocab_size: int) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def save_folder(
+def write_folder(
     model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase | None, processor: bool, folder: Path
 ) -> None:
-    """Write model, code and, if wanted, processor; a failure leaves nothing at `folder`."""
+    """Write model, code and, if wanted, processor into a folder."""
+    model.save_pretrained(folder)
+    if processor:
+        side = model.config.vision_config.image_size
+        # The Pillow twin, since torchvision is optional; both write the same file.
+        image_processor = DiffCLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
+        saved = image_processor if tokenizer is None else DiffCLIPProcessor(image_processor, tokenizer)
+        saved.save_pretrained(folder)
+    add_remote_code(folder)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's size in bytes and SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def variant_of(config: DiffCLIPConfig) -> str:
+    """Return which of the paper's models a configuration is, or "other"."""
+    towers = [tower.attention_type == "differential" for tower in (config.vision_config, config.text_config)]
+    for name, (vision, text, lambda_init) in VARIANTS.items():
+        # A model without differential towers has no λ_init.
+        if [vision, text] == towers and (not any(towers) or config.vision_config.lambda_init == lambda_init):
+            return name
+    return "other"
+
+
+def convert_checked(source: Path, folder: Path, args: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """Write the converted model into an existing folder and measure it there.
+
+    Args:
+        source: The checkpoint.
+        folder: Empty.
+        args: The command line's.
+        variant: `"auto"` or a key of `VARIANTS`.
+
+    Returns:
+        The report, but for the source and the hashes of the files.
+
+    Raises:
+        ConversionError: The checkpoint or an option doesn't fit, or the numbers aren't the original's.
+    """
+    assumptions: list[str] = []
+    state_dict = load_state_dict(source)
+    dropped = sorted(key for key in state_dict if key.startswith(SELF_SUPERVISED_HEAD))
+    if dropped:
+        logger.warning("Dropping SLIP's self-supervised head, of no use after training: %s.", ", ".join(dropped))
+        state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
+    config = infer_config(state_dict, variant, args.text_heads, args.vision_heads, args.image_size, assumptions)
+    tokenizer = None if args.no_processor else load_tokenizer(args.tokenizer, config.text_config.vocab_size)
+    if tokenizer is not None:
+        config.text_config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    write_folder(convert_state_dict(state_dict, config), tokenizer, not args.no_processor, folder)
+
+    inputs = {"random": random_inputs(config)}
+    if (real := real_inputs(folder, config)) is not None:
+        inputs["real"] = real
+    expected = {name: reference_outputs(state_dict, config, given) for name, given in inputs.items()}
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values())
+    # The checkpoint's pages leave memory before the converted weights come into it.
+    del state_dict
+    measured = run_gate(folder, inputs, expected)
+    return {
+        "variant": variant_of(config),
+        "assumptions": assumptions,
+        "dropped_keys": dropped,
+        "source_dtypes": dict(dtypes),
+        **measured,
+    }
+
+
+def resolve_source(args: argparse.Namespace) -> tuple[Path, str, dict[str, Any]]:
+    """Return the checkpoint's path, its variant or "auto", and what the report says of where it is from.
+
+    Raises:
+        ConversionError: `--variant` contradicts what a known repository holds, or the Hub has no such file.
+    """
+    if args.checkpoint is not None:
+        path = Path(args.checkpoint)
+        return path, args.variant, {"file": path.name}
+    known = KNOWN_REPOSITORIES.get(args.repo_id)
+    if known is not None and args.variant not in ("auto", known):
+        raise ConversionError(f"--variant is {args.variant}; --repo-id {args.repo_id} holds a model of {known!r}.")
+    path, commit = download_checkpoint(args.repo_id, args.filename, args.revision, args.token)
+    return path, known or args.variant, {"file": args.filename, "repo_id": args.repo_id, "commit": commit}
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Convert as the command line says; a failure leaves nothing at `--output-dir`."""
+    folder = Path(args.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConversionError(f"--output-dir {folder} exists and is not an empty folder; name a new one.")
+    path, variant, source = resolve_source(args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.save_pretrained(beside)
-        if processor:
-            side = model.config.vision_config.image_size
-            # The Pillow twin, since torchvision is optional; both write the same file.
-            image_processor = DiffCLIPImageProcessorPil(
-                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-            )
-            saved = image_processor if tokenizer is None else DiffCLIPProcessor(image_processor, tokenizer)
-            saved.save_pretrained(beside)
-        add_remote_code(beside)
+        report = convert_checked(path, beside, args, variant)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, safetensors, np)}
+        versions |= {"diffclip_hf": diffclip_hf.__version__, "huggingface_hub": huggingface_hub.__version__}
+        report = {
+            "source": {**source, **describe_file(path)},
+            **report,
+            "files": {file.name: describe_file(file) for file in sorted(beside.iterdir())},
+            "versions": {**versions, "python": platform.python_version()},
+        }
+        content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        (beside / REPORT_FILE).write_text(content, encoding="utf-8")
+        # mkdtemp and safetensors write for their owner alone.
         beside.chmod(0o755)
+        for file in beside.iterdir():
+            file.chmod(0o644)
         if folder.is_dir():
             folder.rmdir()
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-
-
-def convert(args: argparse.Namespace) -> None:
-    """Convert as the command line says."""
-    folder = Path(args.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConversionError(f"--output-dir {folder} exists and is not an empty folder; name a new one.")
-    state_dict = load_state_dict(Path(args.checkpoint))
-    config = infer_config(state_dict, args.variant, args.text_heads, args.vision_heads, args.image_size)
-    tokenizer = None if args.no_processor else load_tokenizer(args.tokenizer, config.text_config.vocab_size)
-    if tokenizer is not None:
-        config.text_config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
-    model = convert_state_dict(state_dict, config)
-    save_folder(model, tokenizer, not args.no_processor, folder)
-    logger.info("Wrote %s: %d parameters.", folder, model.num_parameters())
+    logger.info("Wrote %s: %s, %d parameters.", folder, report["variant"], report["parameters"]["total"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE.pt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="FILE.pt", help="a checkpoint on this machine")
+    source.add_argument("--repo-id", metavar="OWNER/NAME", help="a repository of the Hub that holds a checkpoint")
+    parser.add_argument("--filename", metavar="NAME", help="in the repository (default: checkpoint_best.pt)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
+    parser.add_argument("--token", help="of the Hub (default: that of `hf auth login`, or HF_TOKEN)")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument(
         "--variant",
@@ -349,7 +439,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a tokenizer's folder, Hub id or bpe_simple_vocab_16e6.txt.gz (default: from an installed package)",
     )
     parser.add_argument("--no-processor", action="store_true", help="save neither tokenizer nor image processor")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.repo_id is None:
+        for option in ("filename", "revision", "token"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option} goes with --repo-id, not with --checkpoint")
+    args.filename = args.filename or "checkpoint_best.pt"
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

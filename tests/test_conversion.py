@@ -2,11 +2,15 @@
 
 import argparse
 import gzip
+import hashlib
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import convert_original_checkpoint as conversion
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from clip_vocabulary import clip_tokenizer, find_merges_file
-from original_keys import key_table
+from original_keys import Entry, Layout, key_table
 from parity_models import FIXTURES, VARIANTS, golden
 from tolerances import PARITY_WITH_ORIGINAL, relative_error
 from transformers import AutoModel, AutoProcessor
@@ -40,6 +44,10 @@ def save(path: Path, state_dict, **others) -> Path:
     return path
 
 
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "conversion_report.json").read_text())
+
+
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
     return conversion.load_state_dict(FIXTURES / "diffclip-tiny.pt")
@@ -60,6 +68,7 @@ def test_a_converted_folder_gives_the_originals_numbers(variant, tmp_path):
         assert relative_error(out.logits_per_image, expected["logits_per_image"]) <= PARITY_WITH_ORIGINAL
         assert relative_error(out.vision_model_output.pooler_output, expected["image_embed"]) <= PARITY_WITH_ORIGINAL
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_configuration_is_read_off_the_keys(weights):
@@ -120,6 +129,11 @@ def test_a_misshapen_key_stops_it(tmp_path, caplog, weights):
     failing(tmp_path, caplog, "--checkpoint", path, words=words)
 
 
+def test_whole_numbers_stop_it(tmp_path, caplog, weights):
+    path = save(tmp_path / "x.pt", {**weights, "ln_final.bias": torch.zeros(48, dtype=torch.int64)})
+    failing(tmp_path, caplog, "--checkpoint", path, words=["'ln_final.bias' is of torch.int64", "floating-point"])
+
+
 def test_a_value_that_is_not_finite_stops_it(tmp_path, caplog, weights):
     weights["ln_final.bias"][3] = float("nan")
     path = save(tmp_path / "x.pt", weights)
@@ -176,11 +190,55 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, caplog, weights):
     failing(tmp_path, caplog, "--checkpoint", path, words=["can't be read as a checkpoint of tensors"])
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Not found</html>", b"PK\x03\x04 truncated"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, caplog, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    failing(tmp_path, caplog, "--checkpoint", tmp_path / "x.pt", words=["can't be read as a checkpoint of tensors"])
+def test_a_damaged_file_is_told_by_its_kind(tmp_path, caplog):
+    whole = (FIXTURES / "diffclip-tiny.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("letter.txt", "hello")
+    torch.save({"state_dict": {"module.a": torch.ones(300)}}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    cases = {
+        "is empty (0 bytes)": b"",
+        "is an HTML page": b"\n<!DOCTYPE html><html>Sign in</html>",
+        "is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "is cut off after 600000 bytes": whole[:600_000],
+        "starts with b'Entry not found'": b"Entry not found",
+        "a zip archive, but not one of torch.save": (tmp_path / "other.zip").read_bytes(),
+        "can't be read as a checkpoint of tensors": (tmp_path / "old").read_bytes()[:900],
+    }
+    for words, content in cases.items():
+        caplog.clear()
+        (tmp_path / "x.pt").write_bytes(content)
+        failing(
+            tmp_path, caplog, "--checkpoint", tmp_path / "x.pt", words=[f"--checkpoint {tmp_path / 'x.pt'} ", words]
+        )
     failing(tmp_path, caplog, "--checkpoint", tmp_path / "none.pt", words=["none.pt is not a file"])
+
+
+def test_another_architecture_is_refused(tmp_path, caplog):
+    openai = {"visual.conv1.weight": torch.zeros(64, 3, 8, 8), "visual.class_embedding": torch.zeros(64)}
+    path = save(tmp_path / "x.pt", openai)
+    words = ["no checkpoint of DiffCLIP or of SLIP's CLIP", "visual.class_embedding"]
+    failing(tmp_path, caplog, "--checkpoint", path, words=words)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts memory as Linux does")
+def test_optimizer_state_stays_on_disk(tmp_path, monkeypatch, weights):
+    """`benchmarks/conversion_memory.py` measures a whole conversion at full size."""
+    path = save(tmp_path / "x.pt", weights, optimizer={"state": {0: {"exp_avg": torch.ones(50_000_000)}}})
+    load, taken = torch.load, []
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def measured_load(*args, **kwargs):
+        before = resident()
+        checkpoint = load(*args, **kwargs)
+        taken.append(resident() - before)
+        return checkpoint
+
+    monkeypatch.setattr(torch, "load", measured_load)
+    assert conversion.load_state_dict(path).keys() == weights.keys()
+    assert path.stat().st_size > 200_000_000
+    assert taken[0] < 50_000_000
 
 
 def test_what_slips_trainer_pickles_is_read(tmp_path, weights):
@@ -190,18 +248,139 @@ def test_what_slips_trainer_pickles_is_read(tmp_path, weights):
     assert conversion.load_state_dict(path).keys() == weights.keys()
 
 
-def test_other_forms_of_the_weights(tmp_path, weights):
+def test_other_forms_of_the_weights(tmp_path, caplog, weights):
     torch.save(weights, tmp_path / "bare.pt")
     torch.save({"state_dict": weights}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     save(tmp_path / "half.pt", {key: value.half() for key, value in weights.items()})
     for name in ("bare", "old", "half"):
         folder = tmp_path / name
+        caplog.clear()
         assert run("--checkpoint", tmp_path / f"{name}.pt", "--output-dir", folder, "--no-processor") == 0
         model = AutoModel.from_pretrained(folder)
         assert model.dtype == torch.float32
         expected = weights["visual.blocks.0.attn.q_proj.weight"]
         found = model.vision_model.encoder.layers[0].self_attn.q_proj.weight
         assert torch.equal(found, expected.half().float() if name == "half" else expected)
+        assert ("Converting to float32 what the checkpoint has as {'float16'" in caplog.text) == (name == "half")
+        dtype = "float16" if name == "half" else "float32"
+        assert report_of(folder)["source_dtypes"] == {dtype: len(weights)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_report(variant, tmp_path):
+    folder = tmp_path / "out"
+    assert convert_tiny(variant, folder, "--variant", variant) == 0
+    report = report_of(folder)
+    checkpoint = FIXTURES / f"{variant}-tiny.pt"
+    weights = conversion.load_state_dict(checkpoint)
+    assert report["variant"] == variant
+    assert report["assumptions"] == report["dropped_keys"] == []
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert report["source"] == {"file": checkpoint.name, "bytes": checkpoint.stat().st_size, "sha256": sha256}
+    assert report["files"].keys() == {path.name for path in folder.iterdir()} - {"conversion_report.json"}
+    saved = (folder / "model.safetensors").read_bytes()
+    assert report["files"]["model.safetensors"]["sha256"] == hashlib.sha256(saved).hexdigest()
+    assert report["parameters"]["total"] == sum(value.numel() for value in weights.values())
+    assert report["gate"]["errors"].keys() == {"random", "real"}
+    assert 0 < report["gate"]["largest_error"] <= PARITY_WITH_ORIGINAL
+    for by_output in (errors for kind in report["gate"]["errors"].values() for errors in kind.values()):
+        outputs = {"image_embed", "text_embed", "logits_per_image", "vision_hidden", "text_hidden"}
+        assert by_output.keys() == outputs
+    for tower, blocks in (("vision", "visual.blocks"), ("text", "transformer.resblocks")):
+        if f"{blocks}.0.attn.lambda_q1" not in weights:
+            assert report["lambda"][tower] is None
+            continue
+        for layer, found in enumerate(report["lambda"][tower]):
+            q1, k1, q2, k2 = (weights[f"{blocks}.{layer}.attn.lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
+            lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer) if variant == "diffclip-star" else 0.8
+            expected = math.exp(q1.dot(k1)) - math.exp(q2.dot(k2)) + lambda_init
+            assert found == {"lambda_init": pytest.approx(lambda_init), "lambda": pytest.approx(expected, abs=1e-6)}
+
+
+def test_the_report_has_what_was_assumed(tmp_path):
+    assert convert_tiny("diffclip", tmp_path / "out", "--no-processor") == 0
+    report = report_of(tmp_path / "out")
+    assert report["assumptions"] == ["--variant not given: assuming lambda_init 0.8, that of every released DiffCLIP."]
+    assert report["gate"]["errors"].keys() == {"random"}
+
+
+def swapped_heads(entry: Entry) -> Entry:
+    """Return a key table's entry that swaps the first two heads, which a 3-layer tower of width 64 has 16 wide."""
+    if entry.original != "visual.blocks.1.attn.q_proj.weight":
+        return entry
+    order = torch.cat([torch.arange(16, 32), torch.arange(16), torch.arange(32, 64)])
+    return replace(entry, layout=Layout(lambda tensor: [tensor[order]], lambda tensors: tensors[0][order]))
+
+
+@pytest.mark.parametrize("fault", ["table", "epsilon", "file"])
+def test_numbers_that_are_not_the_originals_stop_it(tmp_path, caplog, monkeypatch, fault):
+    """Faults that no shape tells: a head swapped, a wrong constant, another file than was converted."""
+    if fault == "table":
+        monkeypatch.setattr(conversion, "key_table", lambda *args: [swapped_heads(e) for e in key_table(*args)])
+    elif fault == "epsilon":
+        infer_config = conversion.infer_config
+
+        def with_wrong_constant(*args):
+            config = infer_config(*args)
+            config.vision_config.diff_norm_eps = 1e-2
+            return config
+
+        monkeypatch.setattr(conversion, "infer_config", with_wrong_constant)
+    else:
+        write_folder = conversion.write_folder
+
+        def with_wrong_weight(model, *args):
+            model.text_projection.weight.data[0, 0] += 1
+            write_folder(model, *args)
+
+        monkeypatch.setattr(conversion, "write_folder", with_wrong_weight)
+    output = {"table": "image_embed", "epsilon": "vision_hidden", "file": "text_embed"}[fault]
+    words = ["departs from the original by more than 0.0001", f"{output} (random inputs, eager)"]
+    failing(tmp_path, caplog, "--checkpoint", FIXTURES / "diffclip-tiny.pt", words=words)
+
+
+def test_outputs_that_are_not_finite_stop_it(tmp_path, caplog, weights):
+    """Every weight is finite, and yet the original's own numbers overflow."""
+    weights["visual.norm.weight"] *= 1e38
+    weights["image_projection"] *= 1e38
+    path = save(tmp_path / "x.pt", weights)
+    failing(tmp_path, caplog, "--checkpoint", path, words=["image_embed (random inputs, eager) by nan"])
+
+
+def test_slips_own_checkpoint(tmp_path, caplog):
+    """It has a head for the self-supervised loss; without it, it is the CLIP baseline."""
+    weights = conversion.load_state_dict(FIXTURES / "clip-tiny.pt")
+    head = {"image_mlp.layer1.weight": torch.ones(8, 64), "image_mlp.bn1.num_batches_tracked": torch.tensor(3)}
+    path = save(tmp_path / "slip.pt", {**weights, **head})
+    assert run("--checkpoint", path, "--output-dir", tmp_path / "out", *HEADS["clip"], "--no-processor") == 0
+    assert "Dropping SLIP's self-supervised head" in caplog.text
+    report = report_of(tmp_path / "out")
+    assert report["variant"] == "clip"
+    assert report["dropped_keys"] == sorted(head)
+    expected, _ = golden("clip", "tiny")
+    found = AutoModel.from_pretrained(tmp_path / "out").get_image_features(expected["pixel_values"]).pooler_output
+    assert relative_error(found, expected["image_embed"]) <= PARITY_WITH_ORIGINAL
+
+
+def test_heads_of_slips_small_model():
+    """SLIP's ViT-S/16 has 12 heads of 32, not the 6 of 64 that its width suggests."""
+    assumptions = []
+    assert conversion._heads("vision", 384, None, None, assumptions) == 12
+    assert conversion._heads("vision", 768, None, None, assumptions) == 12
+    assert conversion._heads("text", 384, None, None, assumptions) == 6
+    assert conversion._heads("vision", 384, None, 6, assumptions) == 6
+    assert len(assumptions) == 3
+    with pytest.raises(conversion.ConversionError, match="--vision-heads is 5; it must divide"):
+        conversion._heads("vision", 384, None, 5, assumptions)
+
+
+def test_options_of_the_two_sources(capsys, caplog, tmp_path):
+    for args in (["--checkpoint", "x.pt", "--repo-id", "a/b"], ["--checkpoint", "x.pt", "--token", "t"], []):
+        with pytest.raises(SystemExit):
+            run("--output-dir", tmp_path / "out", *args)
+    assert "--token goes with --repo-id" in capsys.readouterr().err
+    args = ["--repo-id", "hammh0a/CLIP_ViTB16_CC3M", "--variant", "diffclip"]
+    failing(tmp_path, caplog, *args, words=["--variant is diffclip", "holds a model of 'clip'"])
 
 
 def test_the_table_names_every_key_once():

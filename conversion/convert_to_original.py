@@ -1,0 +1,176 @@
+"""Write a Transformers folder's weights as a checkpoint of the original code: the reverse of the conversion.
+
+python conversion/convert_to_original.py diffclip-vitb16 checkpoint.pt
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from original_checkpoint import ConversionError
+from original_keys import key_table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
+
+
+logger = logging.getLogger("convert_to_original")
+
+
+def check_config(config: DiffCLIPConfig) -> None:
+    """Raise for a model that the original's code would compute differently, and say what its file won't tell.
+
+    Raises:
+        ConversionError: A field differs from what is fixed in the original's code.
+    """
+    vision, text = config.vision_config, config.text_config
+    vision_eps = 1e-5 if vision.attention_type == "differential" else 1e-6
+    fixed = [
+        (vision, "hidden_act", "gelu"),
+        (text, "hidden_act", "quick_gelu"),
+        (vision, "layer_norm_eps", vision_eps),
+        (text, "layer_norm_eps", 1e-5),
+        (vision, "diff_norm_eps", 1e-5),
+        (text, "diff_norm_eps", 1e-5),
+        # The original pools at the largest id of a text.
+        (text, "eos_token_id", text.vocab_size - 1),
+    ]
+    for tower, field, value in fixed:
+        if getattr(tower, field) != value:
+            raise ConversionError(
+                f"{type(tower).__name__}.{field} is {getattr(tower, field)!r}; the original only has {value!r}."
+            )
+    for name, tower in (("vision", vision), ("text", text)):
+        if tower.attention_type == "differential":
+            logger.warning("The file won't tell lambda_init, which is %r in the %s tower.", tower.lambda_init, name)
+        else:
+            logger.warning(
+                "The file won't tell the %s tower's heads, of which it has %d.", name, tower.num_attention_heads
+            )
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """Return a folder's tensors as they are stored, from one safetensors file or from its shards.
+
+    Raises:
+        ConversionError: There is no such file, or it is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    state_dict: dict[str, torch.Tensor] = {}
+    for name in names:
+        try:
+            state_dict.update(load_file(folder / name))
+        except (OSError, SafetensorError) as error:
+            raise ConversionError(f"{folder / name} can't be read as safetensors: {error}") from error
+    return state_dict
+
+
+def original_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPConfig) -> dict[str, torch.Tensor]:
+    """Return a model's weights under the original's keys and in its shapes, in the dtypes that they have.
+
+    Args:
+        state_dict: Of a `DiffCLIPModel`.
+        config: Its configuration.
+
+    Raises:
+        ConversionError: A key is missing, unexpected or of another shape than the configuration's.
+    """
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in DiffCLIPModel(config).state_dict().items()}
+    missing, unexpected = sorted(shapes.keys() - state_dict.keys()), sorted(state_dict.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ConversionError(
+            f"The keys aren't those of a DiffCLIPModel. Missing: {missing or 'none'}. Unexpected: "
+            f"{unexpected or 'none'}."
+        )
+    for key, shape in shapes.items():
+        if state_dict[key].shape != shape:
+            raise ConversionError(
+                f"Key {key!r} has shape {tuple(state_dict[key].shape)}; config.json says {tuple(shape)}."
+            )
+    table = key_table(
+        config.vision_config.num_hidden_layers,
+        config.text_config.num_hidden_layers,
+        config.vision_config.attention_type == "differential",
+        config.text_config.attention_type == "differential",
+    )
+    return {entry.original: entry.layout.to_original([state_dict[key] for key in entry.port]) for entry in table}
+
+
+def convert(folder: Path, output: Path) -> None:
+    """Write `{"state_dict": {"module." + key: tensor}}`, as the original's trainer does, without optimizer state.
+
+    Args:
+        folder: Of a saved `DiffCLIPModel`.
+        output: A file that is new, or empty.
+
+    Raises:
+        ConversionError: The folder isn't such a model's, its model can't be the original's, or the file exists.
+    """
+    if output.exists() and (not output.is_file() or output.stat().st_size > 0):
+        raise ConversionError(f"FILE.pt {output} exists and is not an empty file; name a new one.")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ConversionError(
+            f"DIR {folder} has no config.json; it must be a folder that a DiffCLIP model was saved to."
+        )
+    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    if model_type != DiffCLIPConfig.model_type:
+        raise ConversionError(
+            f"model_type in {config_file} is {model_type!r}; it must be {DiffCLIPConfig.model_type!r}."
+        )
+    config = DiffCLIPConfig.from_pretrained(folder)
+    check_config(config)
+    state_dict = original_state_dict(load_folder(folder), config)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values())
+    if set(dtypes) != {"float32"}:
+        logger.warning(
+            "The folder's tensors, and so the file's, are %s (number of tensors), not float32.", dict(dtypes)
+        )
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, beside = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state_dict.items()}}, file)
+        os.chmod(beside, 0o644)
+        os.replace(beside, output)
+    except BaseException:
+        os.unlink(beside)
+        raise
+    logger.info("Wrote %s: %d tensors.", output, len(state_dict))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", help="a saved DiffCLIPModel: config.json and model.safetensors")
+    parser.add_argument("output", metavar="FILE.pt", help="a file that is new, or empty")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 1, with the reason on the log, where the folder doesn't fit."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    args = parse_args(argv)
+    try:
+        convert(Path(args.folder), Path(args.output))
+    except ConversionError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Fetching a checkpoint by its repository id, with huggingface_hub's own client against a Hub on loopback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_original_checkpoint as conversion
+import pytest
+from hub_server import READER, WRITER, HubServer
+from parity_models import FIXTURES
+
+
+CONVERSION = Path(conversion.__file__).parent
+# Fetches each of a list of arguments in one process: the client reads where the Hub is when it is imported.
+FETCH = """
+import json, sys, time
+from download import ConversionError, download_checkpoint
+time.sleep = lambda seconds: None  # the client waits between its tries
+for args in json.loads(sys.argv[1]):
+    try:
+        path, commit = download_checkpoint(*args)
+        print(json.dumps([path.read_bytes().hex(), commit]))
+    except ConversionError as error:
+        print(json.dumps([str(error), None]))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / "server") as server:
+        yield server
+
+
+def add(hub: HubServer, tmp_path: Path, repo: str, content: bytes = b"weights" * 50_000, **options) -> str:
+    folder = tmp_path / repo.replace("/", "-")
+    folder.mkdir()
+    (folder / "checkpoint_best.pt").write_bytes(content)
+    return hub.add(repo, folder, **options)
+
+
+def fetch(hub: HubServer, tmp_path: Path, cases: list[list], token: str | None = None, **environment) -> list[list]:
+    """Return [content in hex, commit] or [message, None] for each case of (repository, file, revision, token)."""
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, json.dumps(cases)],
+        env={**hub.environment(tmp_path / "home", token), "PYTHONPATH": str(CONVERSION), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_each_refusal_names_what_to_change(tmp_path, hub):
+    file = "checkpoint_best.pt"
+    for name, options in {"open": {}, "private": {"private": True}, "gated": {"gated": True}}.items():
+        add(hub, tmp_path, f"org/{name}", **options)
+    for name, status in {"forbidden": 403, "busy": 429, "broken": 500}.items():
+        add(hub, tmp_path, f"org/{name}")
+        hub.fail("HEAD", f"/org/{name}/", times=100, status=status)
+    cases = {
+        "--repo-id org/none doesn't exist": ["org/none", file, None, None],
+        "--repo-id org/private doesn't exist, or is private": ["org/private", file, None, None],
+        "--repo-id org/gated asks its readers to accept conditions": ["org/gated", file, None, None],
+        "--repo-id a/b/c is no repository id": ["a/b/c", file, None, None],
+        "--filename none.pt is no file of org/open": ["org/open", "none.pt", None, None],
+        "--revision none is no branch, tag or commit of org/open": ["org/open", file, "none", None],
+        "the token has no access to this repository (403); pass another with --token": [
+            "org/forbidden",
+            file,
+            None,
+            READER,
+        ],
+        "--repo-id org/busy: the Hub asks to slow down (429)": ["org/busy", file, None, None],
+        "--repo-id org/broken: the Hub answered 500": ["org/broken", file, None, None],
+    }
+    found = fetch(hub, tmp_path, list(cases.values()))
+    for words, (message, commit) in zip(cases, found, strict=True):
+        assert words in message
+        assert commit is None
+        assert READER not in message
+
+
+def test_a_token_opens_a_private_repository(tmp_path, hub):
+    commit = add(hub, tmp_path, "org/private", private=True)
+    case = ["org/private", "checkpoint_best.pt", None]
+    expected = [(b"weights" * 50_000).hex(), commit]
+    assert fetch(hub, tmp_path, [[*case, WRITER]]) == [expected]
+    # From the cache, for which the Hub isn't asked, and from the environment's token.
+    assert fetch(hub, tmp_path, [[*case, None]], HF_HUB_OFFLINE="1") == [expected]
+    assert fetch(hub, tmp_path / "anew", [[*case[:2], commit, None]], token=WRITER) == [expected]
+
+
+def test_a_lost_connection(tmp_path, hub):
+    commit = add(hub, tmp_path, "org/open")
+    case = ["org/open", "checkpoint_best.pt", None, None]
+    (offline,) = fetch(hub, tmp_path, [case], HF_HUB_OFFLINE="1")
+    assert "checkpoint_best.pt isn't in the cache and the Hub can't be reached" in offline[0]
+    assert "pass --checkpoint" in offline[0]
+    (unreachable,) = fetch(hub, tmp_path, [case], HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the Hub can't be reached" in unreachable[0]
+    # Cut at half the file: the client asks for the rest.
+    hub.fail("GET", "/cdn/", times=1, cut=True)
+    assert fetch(hub, tmp_path, [case]) == [[(b"weights" * 50_000).hex(), commit]]
+
+
+def test_a_known_repository_converts_in_one_command(tmp_path, hub):
+    commit = add(hub, tmp_path, "hammh0a/DiffCLIP_ViTB16_CC12M", (FIXTURES / "diffclip-tiny.pt").read_bytes())
+    command = [sys.executable, conversion.__file__, "--repo-id", "hammh0a/DiffCLIP_ViTB16_CC12M", "--token", READER]
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "out")],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert (report["variant"], report["assumptions"]) == ("diffclip", [])
+    source = report["source"]
+    found = (source["repo_id"], source["file"], source["commit"])
+    assert found == ("hammh0a/DiffCLIP_ViTB16_CC12M", "checkpoint_best.pt", commit)
+    assert all(READER not in path.read_text(errors="ignore") for path in (tmp_path / "out").iterdir())
+    assert READER not in done.stderr + done.stdout
+
+
+def test_an_unknown_repository_is_read_off_its_keys(tmp_path, monkeypatch):
+    """What is asked of the Hub is tested above; here it is what is made of the answer."""
+    asked = []
+
+    def downloaded(*args):
+        asked.append(args)
+        return FIXTURES / "diffclip-tiny.pt", "c0ffee"
+
+    monkeypatch.setattr(conversion, "download_checkpoint", downloaded)
+    args = ["--repo-id", "org/mine", "--filename", "x.pt", "--revision", "v1", "--no-processor"]
+    assert conversion.main([*args, "--output-dir", str(tmp_path / "out")]) == 0
+    assert asked == [("org/mine", "x.pt", "v1", None)]
+    report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert "assuming lambda_init 0.8" in report["assumptions"][0]

@@ -1,0 +1,179 @@
+"""The code that travels with the weights, where there is Transformers and no package: by repository id, from the Hub.
+
+The default tests block the package; the slow one makes a virtual environment that has never had it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import PIL
+import push_to_hub
+import pytest
+import torch
+import transformers
+from hub_client import WITHOUT_PACKAGE, picture, save_tiny
+from hub_server import HubServer
+from model_card import Card
+
+
+REPO = "org/fresh"
+NO_PACKAGE = """
+try:
+    import diffclip_hf
+except ImportError:
+    pass
+else:
+    raise AssertionError("the package is there")
+"""
+LOGITS = """
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, pipeline
+def check(source):
+    model = AutoModel.from_pretrained(source, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    inputs = processor(text=["a cat", "a dog"], images=Image.open("picture.png"), return_tensors="pt")
+    with torch.no_grad():
+        found = model(**inputs).logits_per_image
+    # The image processors of the two backends may differ by one of 255 levels.
+    torch.testing.assert_close(found, torch.load("expected.pt"), rtol=0, atol=2e-2)
+    classify = pipeline("zero-shot-image-classification", model=source, trust_remote_code=True)
+    scores = [entry["score"] for entry in classify("picture.png", candidate_labels=["a cat", "a dog"])]
+    assert abs(sum(scores) - 1) < 1e-5
+    return model, processor
+"""
+FROM_THE_HUB = f"""
+model, processor = check({REPO!r})
+model.save_pretrained("again")
+processor.save_pretrained("again")
+check("again")
+"""
+FROM_THE_FOLDER = """
+model, processor = check("again")
+model.save_pretrained("once-more")
+processor.save_pretrained("once-more")
+check("once-more")
+"""
+REFUSED = """
+import sys
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained, AutoProcessor.from_pretrained,
+             lambda repo: pipeline("zero-shot-image-classification", repo)):
+    try:
+        load({repo!r})
+    except ValueError as error:
+        sys.stdout.write(str(error) + chr(0))
+    else:
+        raise AssertionError("loaded without trust")
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub with what the upload command puts together: with code in REPO, and without in REPO-no-code."""
+    folder = tmp_path_factory.mktemp("fresh")
+    torch.save(torch.tensor(save_tiny(folder / "tiny")), folder / "expected.pt")
+    files = push_to_hub.check_folder(folder / "tiny")
+    with HubServer(folder / "hub") as server:
+        for repo, with_code in ((REPO, True), (f"{REPO}-no-code", False)):
+            made = folder / repo
+            made.mkdir(parents=True)
+            card = Card(repo, None, folder / "tiny", None, with_code, None, None, "unknown")
+            push_to_hub.assemble(files, with_code, card, made)
+            shutil.copyfile(folder / "tiny" / "model.safetensors", made / "model.safetensors")
+            server.add(repo, made)
+        yield server
+
+
+@pytest.fixture
+def work(hub, tmp_path) -> Path:
+    """A working folder with the picture and what the model says of it."""
+    picture().save(tmp_path / "picture.png")
+    shutil.copyfile(hub.objects.parent.parent / "expected.pt", tmp_path / "expected.pt")
+    return tmp_path
+
+
+def run(hub: HubServer, work: Path, code: str, python: str | Path = sys.executable, **environment: str) -> str:
+    """Run code in a fresh Python and return what it printed."""
+    inherited = hub.environment(work / "home")
+    if python != sys.executable:
+        inherited.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [str(python), "-c", code],
+        cwd=work,
+        env=inherited | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_all(hub: HubServer, work: Path, prelude: str, python: str | Path = sys.executable) -> None:
+    """Load from the Hub, run, save; then load and save again in a process without network and with no cache."""
+    run(hub, work, prelude + LOGITS + FROM_THE_HUB, python)
+    for path in (work / "home", *(work / "again").rglob("__pycache__")):
+        shutil.rmtree(path)
+    asked = len(hub.requests)
+    run(hub, work, prelude + LOGITS + FROM_THE_FOLDER, python, HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == asked
+
+
+def check_refusals(hub: HubServer, work: Path, prelude: str, python: str | Path = sys.executable) -> None:
+    """Without trust and without the package, the error says the one way out and links to where both are."""
+    messages = run(hub, work, prelude + REFUSED.format(repo=REPO), python).split("\0")[:-1]
+    assert len(messages) == 4
+    for message in messages:
+        assert "trust_remote_code=True" in message
+        assert f"https://hf.co/{REPO}" in message
+    # That page is the model card. Transformers has no public place for words of ours in the error itself.
+    card = hub.head(REPO)["README.md"].content.decode()
+    top = card[: card.index("## Use")]
+    assert "install the package `diffclip-hf`" in top
+    assert "`trust_remote_code=True`" in top
+
+
+def test_loads_runs_saves_and_loads_again(hub, work):
+    check_all(hub, work, WITHOUT_PACKAGE + NO_PACKAGE)
+
+
+def test_the_error_leads_to_both_ways_out(hub, work):
+    check_refusals(hub, work, WITHOUT_PACKAGE + NO_PACKAGE)
+
+
+def test_without_code_the_error_names_the_architecture(hub, work):
+    code = f"""
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained({REPO + "-no-code"!r}, trust_remote_code=True)
+except ValueError as error:
+    assert "model type `diffclip`" in str(error)
+else:
+    raise AssertionError("loaded without any code")
+"""
+    run(hub, work, WITHOUT_PACKAGE + code)
+    card = hub.head(f"{REPO}-no-code")["README.md"].content.decode()
+    assert "install the package `diffclip-hf`" in card[: card.index("## Use")]
+
+
+@pytest.mark.slow
+def test_in_a_fresh_virtual_environment(hub, work, tmp_path_factory):
+    """With transformers, torch and Pillow, without which Transformers reads no pictures; and nothing else."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+    wanted = [f"{name}=={version}" for name, version in (versions | {"pillow": PIL.__version__}).items()]
+    install = [str(python), "-m", "pip", "install", "--quiet", *wanted]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(install, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    check_all(hub, work, NO_PACKAGE, python)
+    check_refusals(hub, work, NO_PACKAGE, python)
+    shutil.rmtree(folder)
