@@ -1,7 +1,7 @@
 """The original's forward pass, written straight from its keys: what a conversion is measured against.
 
 Plain torch and none of the port's code, so that a fault of the port or of the key table shows as a difference. Source:
-the authors' released code and SLIP's, as `shared/reference/architecture.md` states them.
+the authors' released code and SLIP's (github.com/hammoudhasan/DiffCLIP, github.com/facebookresearch/SLIP).
 """
 
 import math

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hub_server import WRITER, HubServer
 from parity_models import FIXTURES
 
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 CONVERSION = [code for language, code in BLOCKS if language == "bash" and "conversion/" in code]
+SOURCE = "hammh0a/DiffCLIP_ViTB16_CC12M"
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def run(command: list[str], clone: Path) -> str:
 
 def test_there_are_snippets():
     assert len(PYTHON) == 4
-    assert len(CONVERSION) == 1
+    assert len(CONVERSION) == 2
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -49,6 +52,34 @@ def test_conversion_snippet(clone):
     assert command.startswith("python ")
     run([sys.executable, *command.split()[1:]], clone)
     assert (clone / "diffclip-vitb16" / "model.safetensors").is_file()
+
+
+def test_from_the_hub_and_back(clone, tmp_path):
+    """Against a Hub on loopback that has a tiny checkpoint, with CLIP's vocabulary, under the released one's name."""
+    checkpoint = torch.load(clone / "checkpoint_best.pt", weights_only=False)
+    generator = torch.Generator().manual_seed(0)
+    weights = checkpoint["state_dict"]
+    weights["module.token_embedding.weight"] = torch.randn(49408, 48, generator=generator)
+    weights["module.positional_embedding"] = torch.randn(77, 48, generator=generator)
+    (tmp_path / "source").mkdir()
+    torch.save({"state_dict": weights}, tmp_path / "source" / "checkpoint_best.pt")
+    with HubServer(tmp_path / "server") as hub:
+        hub.add(SOURCE, tmp_path / "source")
+        environment = hub.environment(tmp_path / "home", WRITER)
+        commands = [line.split() for line in CONVERSION[1].splitlines() if line.startswith("python ")]
+        assert len(commands) == 3
+        for _, *arguments in commands:
+            # The tests' token may write to this owner's repositories.
+            arguments = ["org/name" if argument == "ORG/NAME" else argument for argument in arguments]
+            command = [sys.executable, *arguments]
+            done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert {"README.md", "model.safetensors", "tokenizer.json", "modeling_diffclip.py"} <= set(
+            hub.head("org/name")
+        )
+    back = torch.load(clone / "back.pt", weights_only=True)["state_dict"]
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], value) for key, value in weights.items())
 
 
 def test_the_commands_are_the_makefiles():
