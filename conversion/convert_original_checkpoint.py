@@ -8,7 +8,6 @@ how closely, and what was assumed.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -28,7 +27,7 @@ import safetensors
 import torch
 import transformers
 from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
-from download import KNOWN_REPOSITORIES, download_checkpoint
+from download import KNOWN_REPOSITORIES, download_checkpoint, sha256_of
 from original_checkpoint import ConversionError, load_state_dict
 from original_keys import key_table
 from parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
@@ -301,11 +300,7 @@ def write_folder(
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Return a file's size in bytes and SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def variant_of(config: DiffCLIPConfig) -> str:

@@ -1,5 +1,7 @@
 """Fetch a checkpoint of the original code from the Hub."""
 
+import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -24,6 +26,15 @@ KNOWN_REPOSITORIES = {
 }
 
 
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def download_checkpoint(repo_id: str, filename: str, revision: str | None, token: str | None) -> tuple[Path, str]:
     """Return the path of a repository's file in the Hub's cache, fetched if it isn't there, and its commit.
 
@@ -34,8 +45,8 @@ def download_checkpoint(repo_id: str, filename: str, revision: str | None, token
         token: An access token; the one of `hf auth login` or `HF_TOKEN` where None.
 
     Raises:
-        ConversionError: There is no such repository, revision or file, access is refused, or the Hub can't be reached;
-            the message names the option to change.
+        ConversionError: There is no such repository, revision or file, access is refused, the Hub can't be reached, or
+            the file isn't the one that the Hub announced; the message names the option to change.
     """
     try:
         path = Path(hf_hub_download(repo_id, filename, revision=revision, token=token))
@@ -71,8 +82,27 @@ def download_checkpoint(repo_id: str, filename: str, revision: str | None, token
         raise ConversionError(
             f"--repo-id {repo_id}: {filename} could not be fetched whole ({_cause(error)}); the next try resumes it."
         ) from error
+    check_hash(path, repo_id)
     # The cache keeps a file at .../snapshots/COMMIT/FILENAME.
     return path, path.parts[len(path.parts) - 1 - len(Path(filename).parts)]
+
+
+def check_hash(path: Path, repo_id: str) -> None:
+    """Remove a large file from the Hub's cache, and raise, where its content isn't what the Hub announced.
+
+    The client compares sizes alone. The cache calls a large file by the SHA-256 that the Hub announces for it.
+    """
+    blob = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    found = sha256_of(blob)
+    if found != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise ConversionError(
+            f"--repo-id {repo_id}: {path.name} came with SHA-256 {found}; the Hub says {blob.name}. The damaged file "
+            "was removed; try again."
+        )
 
 
 def _cause(error: BaseException) -> str:

@@ -4,7 +4,6 @@ python conversion/push_to_hub.py diffclip-vitb16 ORG/NAME --dataset cc12m
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from convert_original_checkpoint import REPORT_FILE
+from download import sha256_of
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
@@ -142,15 +142,6 @@ def check_report(folder: Path) -> dict[str, Any] | None:
                 "report."
             )
     return report
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def without_auto_map(content: Any) -> Any:

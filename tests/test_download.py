@@ -105,6 +105,16 @@ def test_a_lost_connection(tmp_path, hub):
     assert fetch(hub, tmp_path, [case]) == [[(b"weights" * 50_000).hex(), commit]]
 
 
+def test_a_file_of_another_hash_is_removed(tmp_path, hub):
+    commit = add(hub, tmp_path, "org/open")
+    case = ["org/open", "checkpoint_best.pt", None, None]
+    hub.fail("GET", "/cdn/", times=1, flip_at=1000)
+    first, second = fetch(hub, tmp_path, [case, case])
+    assert "checkpoint_best.pt came with SHA-256" in first[0]
+    assert "The damaged file was removed" in first[0]
+    assert second == [(b"weights" * 50_000).hex(), commit]
+
+
 def test_a_known_repository_converts_in_one_command(tmp_path, hub):
     commit = add(hub, tmp_path, "hammh0a/DiffCLIP_ViTB16_CC12M", (FIXTURES / "diffclip-tiny.pt").read_bytes())
     command = [sys.executable, conversion.__file__, "--repo-id", "hammh0a/DiffCLIP_ViTB16_CC12M", "--token", READER]
