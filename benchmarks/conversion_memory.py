@@ -57,7 +57,7 @@ def run_child(arguments: Sequence[str]) -> int:
     import convert_original_checkpoint
 
     before = memory()
-    code = convert_original_checkpoint.main(arguments)
+    code = convert_original_checkpoint.main(list(arguments))
     sys.stdout.write(json.dumps({"before": before, "after": memory()}) + "\n")
     return code
 

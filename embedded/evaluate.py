@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-import diffclip_hf  # noqa: F401 (registers the model with AutoModel)
+from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
 
 
 LABEL_SETS = (20, 100)
@@ -31,7 +30,7 @@ def on_white(rgba: np.ndarray) -> Image.Image:
 
 @torch.inference_mode()
 def embed(
-    model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], texts: list[str]
+    model: DiffCLIPModel, processor: DiffCLIPProcessor, images: list[Image.Image], texts: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return L2-normalised embeddings, float32, (images, projection_dim) and (texts, projection_dim)."""
     image_embeds = [
@@ -68,7 +67,7 @@ def recall(similarity: torch.Tensor, k: int) -> float:
 
 
 def measure(
-    model: PreTrainedModel, processor: ProcessorMixin, vendor: str, cache_dir: Path
+    model: DiffCLIPModel, processor: DiffCLIPProcessor, vendor: str, cache_dir: Path
 ) -> dict[str, dict[str, float]]:
     """Return every figure of the report, each beside chance: name → {"measured", "chance"}, as shares of 1."""
     items = load_emoji(cache_dir)
@@ -96,8 +95,8 @@ def main() -> None:
     parser.add_argument("--vendor", default=HELD_OUT, choices=[HELD_OUT, *TRAINING_VENDORS])
     parser.add_argument("--report", type=Path, help="also write the figures into this JSON file")
     args = parser.parse_args()
-    model = AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    model = DiffCLIPModel.from_pretrained(args.model, dtype=torch.float32).eval()
+    processor = DiffCLIPProcessor.from_pretrained(args.model)
     report = measure(model, processor, args.vendor, args.cache_dir)
     lines = ["| measure | value | chance |", "|---|---|---|"]
     lines += [f"| {name} | {row['measured']:.3f} | {row['chance']:.4f} |" for name, row in report.items()]
