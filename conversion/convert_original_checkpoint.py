@@ -29,7 +29,7 @@ import transformers
 from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
 from download import KNOWN_REPOSITORIES, download_checkpoint, sha256_of
 from original_checkpoint import ConversionError, load_state_dict
-from original_keys import key_table
+from original_keys import key_table_of
 from parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
@@ -211,12 +211,7 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPC
     with torch.device("meta"):
         model = DiffCLIPModel(config)
     shapes = model.state_dict()
-    table = key_table(
-        config.vision_config.num_hidden_layers,
-        config.text_config.num_hidden_layers,
-        config.vision_config.attention_type == "differential",
-        config.text_config.attention_type == "differential",
-    )
+    table = key_table_of(config)
     missing = [entry.original for entry in table if entry.original not in state_dict]
     unexpected = sorted(set(state_dict) - {entry.original for entry in table})
     if missing or unexpected:

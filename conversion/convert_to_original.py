@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from original_checkpoint import ConversionError
-from original_keys import key_table
+from original_keys import key_table_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -99,12 +99,7 @@ def original_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIP
             raise ConversionError(
                 f"Key {key!r} has shape {tuple(state_dict[key].shape)}; config.json says {tuple(shape)}."
             )
-    table = key_table(
-        config.vision_config.num_hidden_layers,
-        config.text_config.num_hidden_layers,
-        config.vision_config.attention_type == "differential",
-        config.text_config.attention_type == "differential",
-    )
+    table = key_table_of(config)
     return {entry.original: entry.layout.to_original([state_dict[key] for key in entry.port]) for entry in table}
 
 

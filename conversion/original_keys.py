@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -79,6 +80,17 @@ def _block(
         parts = tuple(f"{port}.{projection}.{parameter}" for projection in ("q_proj", "k_proj", "v_proj"))
         yield Entry(f"{original}.{stacked_name}", parts, STACKED)
         yield Entry(f"{original}.{output}.{parameter}", (f"{port}.out_proj.{parameter}",))
+
+
+def key_table_of(config: Any) -> list[Entry]:
+    """Return an entry for every parameter of the model that a `DiffCLIPConfig` describes."""
+    vision, text = config.vision_config, config.text_config
+    return key_table(
+        vision.num_hidden_layers,
+        text.num_hidden_layers,
+        vision.attention_type == "differential",
+        text.attention_type == "differential",
+    )
 
 
 def key_table(vision_layers: int, text_layers: int, vision_differential: bool, text_differential: bool) -> list[Entry]:

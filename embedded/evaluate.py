@@ -15,17 +15,11 @@ from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
 from PIL import Image
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
+from diffclip_hf.image_processing_pil_diffclip import to_rgb
 
 
 LABEL_SETS = (20, 100)
 REPETITIONS = 20
-
-
-def on_white(rgba: np.ndarray) -> Image.Image:
-    """Composite a drawing, (height, width, 4) uint8 RGBA, on white."""
-    image = Image.fromarray(rgba, "RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 @torch.inference_mode()
@@ -74,7 +68,7 @@ def measure(
     images, present = load_drawings(vendor, items, cache_dir)
     indices = np.flatnonzero(present)
     image_embeds, text_embeds = embed(
-        model, processor, [on_white(images[i]) for i in indices], [items[i].name for i in indices]
+        model, processor, [to_rgb(Image.fromarray(images[i])) for i in indices], [items[i].name for i in indices]
     )
     similarity = image_embeds @ text_embeds.t()
     count = len(indices)

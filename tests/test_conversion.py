@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from clip_vocabulary import clip_tokenizer, find_merges_file
-from original_keys import Entry, Layout, key_table
+from original_keys import Entry, Layout, key_table, key_table_of
 from parity_models import FIXTURES, VARIANTS, golden
 from tolerances import PARITY_WITH_ORIGINAL, relative_error
 from transformers import AutoModel, AutoProcessor
@@ -316,7 +316,7 @@ def swapped_heads(entry: Entry) -> Entry:
 def test_numbers_that_are_not_the_originals_stop_it(tmp_path, caplog, monkeypatch, fault):
     """Faults that no shape tells: a head swapped, a wrong constant, another file than was converted."""
     if fault == "table":
-        monkeypatch.setattr(conversion, "key_table", lambda *args: [swapped_heads(e) for e in key_table(*args)])
+        monkeypatch.setattr(conversion, "key_table_of", lambda *args: [swapped_heads(e) for e in key_table_of(*args)])
     elif fault == "epsilon":
         infer_config = conversion.infer_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from hub_client import WITHOUT_PACKAGE, picture
 from tiny import tiny_config
 from tokenizer_helper import tiny_clip_tokenizer
 
@@ -20,10 +20,6 @@ from diffclip_hf import (
     DiffCLIPVisionModel,
     add_remote_code,
 )
-
-
-# A later import of the package fails as if it weren't installed.
-WITHOUT_PACKAGE = "import sys; sys.modules['diffclip_hf'] = None\n"
 
 
 def run(code: str, folder: Path, modules: Path, **environment: str) -> str:
@@ -58,7 +54,7 @@ def folders(tmp_path_factory) -> Path:
     processor.image_processor.save_pretrained(root / "classifier")
     DiffCLIPVisionModel(config.vision_config).save_pretrained(root / "vision")
     processor.image_processor.save_pretrained(root / "vision")
-    image = Image.effect_mandelbrot((60, 50), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    image = picture()
     image.save(root / "picture.png")
     inputs = processor(text=["a cat", "a dog"], images=image, return_tensors="pt")
     with torch.no_grad():

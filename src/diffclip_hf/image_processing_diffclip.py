@@ -1,21 +1,18 @@
 """DiffCLIP's image processor on torchvision."""
 
-from typing import Any
-
 import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.utils import is_torchvision_available, requires_backends
 
-from .image_processing_pil_diffclip import array_to_rgb, fetch_images, flatten_images, to_rgb, with_both_backends
+from .image_processing_pil_diffclip import SLIPEvaluationTransform, array_to_rgb, to_rgb
 
 
 if is_torchvision_available():
     from torchvision.transforms.v2 import functional as tv_functional  # type: ignore[import-untyped]
 
 
-class DiffCLIPImageProcessor(TorchvisionBackend):
+class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
     """SLIP's evaluation transform on torchvision, in batches and on any device.
 
     The shorter edge is resized to 224 (bilinear, antialiased), the middle 224×224 is cut out, and the values are
@@ -39,29 +36,9 @@ class DiffCLIPImageProcessor(TorchvisionBackend):
     Source: the evaluation transform of SLIP's code, on which DiffCLIP's (paper arXiv 2503.06626) is built.
     """
 
-    resample = PILImageResampling.BILINEAR
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"shortest_edge": 224}
-    default_to_square = False
-    crop_size = {"height": 224, "width": 224}
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
-
     def __init__(self, **kwargs):
         requires_backends(self, ["torchvision"])
         super().__init__(**kwargs)
-
-    def fetch_images(self, image_url_or_urls):
-        """Read what is given as a path or URL; see `fetch_images`."""
-        return fetch_images(image_url_or_urls)
-
-    def _prepare_images_structure(self, images, expected_ndims=3):
-        # Transformers' own refuses 2-D greyscale images.
-        return flatten_images(self.fetch_images(images))
 
     def process_image(
         self, image, do_convert_rgb=None, input_data_format=None, device=None, do_rescale=None, **kwargs
@@ -82,10 +59,6 @@ class DiffCLIPImageProcessor(TorchvisionBackend):
         if size.height is None or size.width is None:
             raise ValueError(f"crop_size is {size}; it must have height and width.")
         return tv_functional.center_crop(image, [size.height, size.width])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is saved."""
-        return with_both_backends(super().to_dict(), self._auto_class)
 
 
 __all__ = ["DiffCLIPImageProcessor"]

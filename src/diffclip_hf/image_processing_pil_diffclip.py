@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -212,26 +213,8 @@ def with_both_backends(fields: dict[str, Any], auto_class: str | None) -> dict[s
     return fields
 
 
-class DiffCLIPImageProcessorPil(PilBackend):
-    """SLIP's evaluation transform on Pillow: the twin of `DiffCLIPImageProcessor` that needs no torchvision.
-
-    The shorter edge is resized to 224 (bilinear, antialiased), the middle 224×224 is cut out, and the values are
-    scaled to 0..1 and normalised with ImageNet's mean and standard deviation. Pixel values equal those of
-    torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on Pillow images.
-
-    Takes Pillow images (see `to_rgb` for what becomes of their mode, alpha and orientation), arrays and tensors (see
-    `array_to_rgb`), paths, and lists and batches of them, of any sizes from 1×1. As in torchvision's transform, the
-    whole resized image is made before it is cut, 150 kB times its aspect ratio. Transformers' pipelines turn every
-    image into RGB on their own before the image processor sees it, and drop alpha rather than lay it over white.
-
-    Returns `pixel_values`, float32, (batch, 3, height, width).
-
-    Raises:
-        ValueError: An image has no pixels, or values or a shape that aren't allowed; the message says which.
-        TypeError: Something isn't an image.
-
-    Source: the evaluation transform of SLIP's code, on which DiffCLIP's (paper arXiv 2503.06626) is built.
-    """
+class SLIPEvaluationTransform(BaseImageProcessor):
+    """SLIP's evaluation transform, and what both backends do alike; stands before a backend among a class's bases."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -252,6 +235,32 @@ class DiffCLIPImageProcessorPil(PilBackend):
     def _prepare_images_structure(self, images, expected_ndims=3):
         # Transformers' own refuses 2-D greyscale images.
         return flatten_images(self.fetch_images(images))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
+        return with_both_backends(super().to_dict(), self._auto_class)
+
+
+class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
+    """SLIP's evaluation transform on Pillow: the twin of `DiffCLIPImageProcessor` that needs no torchvision.
+
+    The shorter edge is resized to 224 (bilinear, antialiased), the middle 224×224 is cut out, and the values are
+    scaled to 0..1 and normalised with ImageNet's mean and standard deviation. Pixel values equal those of
+    torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on Pillow images.
+
+    Takes Pillow images (see `to_rgb` for what becomes of their mode, alpha and orientation), arrays and tensors (see
+    `array_to_rgb`), paths, and lists and batches of them, of any sizes from 1×1. As in torchvision's transform, the
+    whole resized image is made before it is cut, 150 kB times its aspect ratio. Transformers' pipelines turn every
+    image into RGB on their own before the image processor sees it, and drop alpha rather than lay it over white.
+
+    Returns `pixel_values`, float32, (batch, 3, height, width).
+
+    Raises:
+        ValueError: An image has no pixels, or values or a shape that aren't allowed; the message says which.
+        TypeError: Something isn't an image.
+
+    Source: the evaluation transform of SLIP's code, on which DiffCLIP's (paper arXiv 2503.06626) is built.
+    """
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, **kwargs):
         """Turn any image into an RGB array, (3, height, width)."""
@@ -287,10 +296,6 @@ class DiffCLIPImageProcessorPil(PilBackend):
         image = np.pad(image, [(0, 0), *((pad // 2, pad - pad // 2) for pad in missing)])
         top, left = (round((image.shape[1] - size.height) / 2), round((image.shape[2] - size.width) / 2))
         return image[:, top : top + size.height, left : left + size.width]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is saved."""
-        return with_both_backends(super().to_dict(), self._auto_class)
 
 
 __all__ = ["DiffCLIPImageProcessorPil"]
