@@ -27,7 +27,7 @@ import safetensors
 import torch
 import transformers
 from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
-from download import KNOWN_REPOSITORIES, download_checkpoint, sha256_of
+from download import KNOWN_REPOSITORIES, download_checkpoint
 from original_checkpoint import ConversionError, load_state_dict
 from original_keys import key_table_of
 from parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
@@ -42,6 +42,7 @@ from diffclip_hf import (
     DiffCLIPTokenizer,
     add_remote_code,
 )
+from diffclip_hf.hub_cache_diffclip import sha256_of
 
 
 logger = logging.getLogger("convert_original_checkpoint")

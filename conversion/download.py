@@ -1,7 +1,5 @@
 """Fetch a checkpoint of the original code from the Hub."""
 
-import hashlib
-import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -16,6 +14,8 @@ from huggingface_hub.errors import (
 )
 from original_checkpoint import ConversionError
 
+from diffclip_hf.hub_cache_diffclip import check_cached_file
+
 
 # The authors' repositories that hold a checkpoint → the paper's model in it, which also says its λ_init.
 KNOWN_REPOSITORIES = {
@@ -24,15 +24,6 @@ KNOWN_REPOSITORIES = {
     "hammh0a/CLIP_ViTB16_CC12M": "clip",
     "hammh0a/CLIP_ViTB16_CC3M": "clip",
 }
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def download_checkpoint(repo_id: str, filename: str, revision: str | None, token: str | None) -> tuple[Path, str]:
@@ -82,27 +73,12 @@ def download_checkpoint(repo_id: str, filename: str, revision: str | None, token
         raise ConversionError(
             f"--repo-id {repo_id}: {filename} could not be fetched whole ({_cause(error)}); the next try resumes it."
         ) from error
-    check_hash(path, repo_id)
+    try:
+        check_cached_file(path)
+    except OSError as error:
+        raise ConversionError(f"--repo-id {repo_id}: {error}") from error
     # The cache keeps a file at .../snapshots/COMMIT/FILENAME.
     return path, path.parts[len(path.parts) - 1 - len(Path(filename).parts)]
-
-
-def check_hash(path: Path, repo_id: str) -> None:
-    """Remove a large file from the Hub's cache, and raise, where its content isn't what the Hub announced.
-
-    The client compares sizes alone. The cache calls a large file by the SHA-256 that the Hub announces for it.
-    """
-    blob = path.resolve()
-    if not re.fullmatch("[0-9a-f]{64}", blob.name):
-        return
-    found = sha256_of(blob)
-    if found != blob.name:
-        path.unlink()
-        blob.unlink()
-        raise ConversionError(
-            f"--repo-id {repo_id}: {path.name} came with SHA-256 {found}; the Hub says {blob.name}. The damaged file "
-            "was removed; try again."
-        )
 
 
 def _cause(error: BaseException) -> str:

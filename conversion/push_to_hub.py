@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from convert_original_checkpoint import REPORT_FILE
-from download import sha256_of
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
@@ -25,6 +24,7 @@ from parity_gate import MAX_ERROR
 from safetensors import SafetensorError, safe_open
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, add_remote_code
+from diffclip_hf.hub_cache_diffclip import sha256_of
 from diffclip_hf.remote_code import CODE_FILES
 
 

@@ -250,22 +250,24 @@ def test_a_truncated_file_is_an_error(hub, client, repo, tiny):
     assert_loads(client, repo, tiny)
 
 
-def test_a_corrupt_header_is_an_error_until_it_is_fetched_again(hub, client, repo, tiny):
-    """huggingface_hub checks the size of a plain HTTP download and not its hash: the file stays in its cache."""
-    hub.fail("GET", "/cdn/", times=1, flip_at=0)
-    for _ in range(2):
-        with pytest.raises(ClientError, match="SafetensorError: Error while deserializing header"):
-            client(LOAD.format(repo=repo, options=""))
-    assert_loads(client, repo, tiny, "force_download=True")
+@pytest.mark.parametrize("flip_at", [0, -1], ids=["header", "weights"])
+@pytest.mark.parametrize(
+    "options", ["", "trust_remote_code=True", "cache_dir='another'"], ids=["usual", "remote-code", "cache-dir"]
+)
+def test_a_corrupt_file_is_an_error_and_fetched_again_by_the_next_load(
+    hub, client, stranger, repo, tiny, options, flip_at
+):
+    """huggingface_hub checks the size of a plain HTTP download and not its hash; the model class does."""
+    reader = stranger if "trust" in options else client
+    hub.fail("GET", "/cdn/", times=1, flip_at=flip_at)
+    with pytest.raises(ClientError, match=r"OSError: .* came with SHA-256 .* The damaged file was removed"):
+        reader(LOAD.format(repo=repo, options=options))
+    assert_loads(reader, repo, tiny, options)
+
+
+def test_the_hubs_own_check_agrees_on_a_loaded_repository(hub, client, repo, tiny):
+    """`hf cache verify`, which this is, compares every file, also those that Transformers' own classes load."""
     assert_loads(client, repo, tiny)
-
-
-def test_corrupt_weights_are_found_by_the_hubs_own_check(hub, client, repo, tiny):
-    """Changed weights can't be seen by loading; `hf cache verify`, which this is, names the file."""
-    verify = f"from huggingface_hub import HfApi\nfound = HfApi().verify_repo_checksums({repo!r}).mismatches\n"
-    verify += "result = [entry['path'] for entry in found]"
-    hub.fail("GET", "/cdn/", times=1, flip_at=-1)
-    client(LOAD.format(repo=repo, options=""))
-    assert client(verify) == ["model.safetensors"]
-    assert_loads(client, repo, tiny, "force_download=True")
-    assert client(verify) == []
+    verify = f"from huggingface_hub import HfApi\nfound = HfApi().verify_repo_checksums({repo!r})\n"
+    assert client(verify + "result = [entry['path'] for entry in found.mismatches]") == []
+    assert client(verify + "result = found.checked_count") > 3

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "diffclip_hf"
 ARROWS = {
     "configuration_diffclip": set(),
     "attention_diffclip": set(),
-    "modeling_diffclip": {"attention_diffclip", "configuration_diffclip"},
+    "hub_cache_diffclip": set(),
+    "modeling_diffclip": {"attention_diffclip", "configuration_diffclip", "hub_cache_diffclip"},
     # The two image processors name each other for Transformers' copying of files; at run time the arrow is one way.
     "image_processing_pil_diffclip": {"image_processing_diffclip"},
     "image_processing_diffclip": {"image_processing_pil_diffclip"},

@@ -129,7 +129,7 @@ def snippets(card: str) -> list[str]:
 def test_one_commit_with_everything_and_a_second_push_makes_none(hub, push, folder):
     report(folder)
     before = contents(folder)
-    assert push(folder, "org/all", "--private") == (0, "Pushed 13 files to org/all.")
+    assert push(folder, "org/all", "--private") == (0, f"Pushed {len(EVERY_FILE)} files to org/all.")
     assert set(hub.head("org/all")) == EVERY_FILE | {REPORT_FILE}
     assert hub.repositories["org/all"].private
     assert len(hub.repositories["org/all"].commits) == 2  # the first is the empty repository's

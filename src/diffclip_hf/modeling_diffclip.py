@@ -1,9 +1,10 @@
 """PyTorch DiffCLIP: CLIP with differential attention, with the API of Transformers' CLIP."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_diffclip import compute_lambda, differential_attention_forward, eager_attention_forward
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .hub_cache_diffclip import checked_downloads
 
 
 @dataclass
@@ -381,6 +383,9 @@ class DiffCLIPEncoder(nn.Module):
         return hidden_states
 
 
+_Model = TypeVar("_Model", bound="DiffCLIPPreTrainedModel")
+
+
 class DiffCLIPPreTrainedModel(PreTrainedModel):
     """Base of every DiffCLIP model: loading, saving and initialisation."""
 
@@ -392,6 +397,23 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DiffCLIPTextEmbeddings", "DiffCLIPVisionEmbeddings", "DiffCLIPEncoderLayer"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": DiffCLIPEncoderLayer, "attentions": DiffCLIPAttention}
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        cache_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> _Model:
+        """Load a model as Transformers does, and check the weights that it fetches from the Hub against their hash.
+
+        Raises:
+            OSError: As Transformers does, and where fetched weights aren't those that the Hub announced; they are
+                removed from the cache.
+        """
+        with checked_downloads(str(pretrained_model_name_or_path), cache_dir):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, cache_dir=cache_dir, **kwargs)
 
     def post_init(self) -> None:
         """Initialise the weights and what Transformers keeps of a model."""

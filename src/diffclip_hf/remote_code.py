@@ -10,6 +10,7 @@ _PACKAGE = Path(__file__).parent
 # Every file that travels: flat, importing only its siblings.
 CODE_FILES = (
     "configuration_diffclip.py",
+    "hub_cache_diffclip.py",
     "attention_diffclip.py",
     "modeling_diffclip.py",
     "image_processing_pil_diffclip.py",
