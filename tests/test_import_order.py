@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "diffclip_hf"
 # File → the siblings that it may import.
 ARROWS = {
     "configuration_diffclip": set(),
-    "attention_diffclip": set(),
+    "blocked_attention_diffclip": set(),
+    "attention_diffclip": {"blocked_attention_diffclip"},
     "hub_cache_diffclip": set(),
     "modeling_diffclip": {"attention_diffclip", "configuration_diffclip", "hub_cache_diffclip"},
     # The two image processors name each other for Transformers' copying of files; at run time the arrow is one way.

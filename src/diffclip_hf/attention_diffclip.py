@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+
+from .blocked_attention_diffclip import blocked_differential_attention, fits_one_block, score_bias
 
 
 def compute_lambda(
@@ -138,6 +141,28 @@ def eager_differential_attention_forward(
     return output.transpose(1, 2).contiguous(), maps
 
 
+def check_flash_attention(query: torch.Tensor, attn_implementation: str) -> None:
+    """Raise a ValueError where FlashAttention can't compute attention, which it would say less clearly itself.
+
+    Args:
+        query: (batch, num_heads, tokens, head_dim).
+        attn_implementation: The implementation's name; one that isn't FlashAttention passes.
+    """
+    if not is_flash_attention_requested(requested_attention_implementation=attn_implementation):
+        return
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r} and the queries are {query.dtype}; it must be "
+            "torch.float16 or torch.bfloat16: load with dtype=torch.bfloat16, use autocast, or take "
+            "attn_implementation='sdpa'."
+        )
+    if query.shape[-1] > 256:
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r} and heads are {query.shape[-1]} wide; they must be at "
+            "most 256 wide: take attn_implementation='sdpa'."
+        )
+
+
 def differential_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -152,25 +177,76 @@ def differential_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Differential attention under any implementation of Transformers' attention interface.
 
-    An implementation other than `"eager"` never sees the maps, so the subtraction moves behind the product with v:
-    (A1 − λ·A2)·v = A1·v − λ·(A2·v), in one call in which both heads of a pair have the pair's v.
+    `"sdpa"` is the fastest exact form: on the CPU the formula where its maps are one block, and the same block by
+    block where they are more; elsewhere, with dropout and in an exported graph, PyTorch's SDPA. The crossover is
+    `BLOCK_ENTRIES_PER_THREAD`.
 
-    The arguments and the output are those of `eager_differential_attention_forward`; the maps are None for every
-    implementation but `"eager"`.
+    The arguments and the output are those of `eager_differential_attention_forward`, but that a mask is what the
+    implementation expects; the maps are None for every implementation but `"eager"`.
     """
     if attn_implementation == "eager":
         return eager_differential_attention_forward(
             module, query, key, value, attention_mask, lambda_value, scaling, dropout
         )
+    # A graph that leaves PyTorch can't hold an operator of ours.
+    leaves_pytorch = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if (
+        attn_implementation == "sdpa"
+        and query.device.type == "cpu"
+        and not dropout
+        and not leaves_pytorch
+        and one_mask
+    ):
+        is_causal = module.is_causal
+        # While compiling always the operator, since a choice by size would compile anew at the crossover.
+        if torch.compiler.is_compiling() or not fits_one_block(query):
+            return blocked_differential_attention(
+                query, key, value, attention_mask, lambda_value, scaling, is_causal
+            ), None
+        everything = slice(0, query.shape[2])
+        bias = score_bias(attention_mask, is_causal, slice(None), everything, query.dtype)
+        output, _ = eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)
+        return output, None
+    return _from_attention_interface(
+        module, query, key, value, attention_mask, lambda_value, scaling, dropout, attn_implementation, **kwargs
+    ), None
+
+
+def _from_attention_interface(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    attn_implementation: str,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return differential attention from an implementation that never sees the maps, A1·v − λ·(A2·v).
+
+    Both heads of a pair have the pair's v. It is wider than their keys, which flash kernels don't take, so each half
+    of v has its own call; flex_attention takes it whole.
+    """
+    check_flash_attention(query, attn_implementation)
     attention_interface: Callable = ALL_ATTENTION_FUNCTIONS[attn_implementation]
-    heads, _ = attention_interface(
-        module,
-        query,
-        key,
-        value.repeat_interleave(2, dim=1),
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        **kwargs,
+    width = value.shape[-1] if attn_implementation == "flex_attention" else query.shape[-1]
+    heads = torch.cat(
+        [
+            attention_interface(
+                module,
+                query,
+                key,
+                part.repeat_interleave(2, dim=1),
+                attention_mask,
+                scaling=scaling,
+                dropout=dropout,
+                **kwargs,
+            )[0]
+            for part in value.split(width, dim=-1)
+        ],
+        dim=-1,
     )
-    return heads[:, :, 0::2] - lambda_value.to(heads.dtype) * heads[:, :, 1::2], None
+    return heads[:, :, 0::2] - lambda_value.to(heads.dtype) * heads[:, :, 1::2]

@@ -1,0 +1,192 @@
+"""Exact differential attention on the CPU that holds the maps of one block at a time, small enough for its caches."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+# Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/attention.py. Smaller
+# blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
+BLOCK_ENTRIES_PER_THREAD = 2**18
+
+# Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
+_NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+
+
+def fits_one_block(query: torch.Tensor) -> bool:
+    """Say whether the maps of the whole batch, of queries (batch, num_heads, tokens, head_dim), are one block."""
+    batch_size, num_heads, length, _ = query.shape
+    return batch_size * num_heads * length * length <= BLOCK_ENTRIES_PER_THREAD * torch.get_num_threads()
+
+
+def _blocks(query: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut attention into blocks of batch rows, pairs and query rows: whole batch rows, else pairs, else query rows."""
+    batch_size, num_heads, length, _ = query.shape
+    num_threads = torch.get_num_threads()
+    entries = BLOCK_ENTRIES_PER_THREAD * num_threads
+    batch = max(1, entries // (num_heads * length * length))
+    # A batched product runs one matrix a thread.
+    pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
+    rows = max(1, entries // (2 * pairs * length))
+    for batch_start in range(0, batch_size, batch):
+        for pair_start in range(0, num_heads // 2, pairs):
+            for row_start in range(0, length, rows):
+                yield (
+                    slice(batch_start, batch_start + batch),
+                    slice(pair_start, pair_start + pairs),
+                    slice(row_start, min(length, row_start + rows)),
+                )
+
+
+def _key_length(attention_mask: torch.Tensor | None, is_causal: bool, rows: slice, length: int) -> int:
+    """Return how many keys a block's queries can see."""
+    return rows.stop if is_causal and attention_mask is None else length
+
+
+def score_bias(
+    attention_mask: torch.Tensor | None, is_causal: bool, batch: slice, rows: slice, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return what is added to a block's scores, or None.
+
+    Args:
+        attention_mask: Bool, true where a query attends to a key, or added to the scores, broadcastable to (batch, 1,
+            tokens, tokens); or None.
+        is_causal: Whether queries see earlier tokens alone, where there is no mask.
+        batch, rows: The block.
+        dtype: Of the scores.
+
+    Returns:
+        A tensor broadcastable to (batch, pairs, rows, keys).
+    """
+    lowest = torch.finfo(dtype).min  # Not -inf, so that a row without a key isn't NaN; as Transformers' eager masks.
+    if attention_mask is not None:
+        mask = attention_mask[batch if len(attention_mask) > 1 else slice(None)]
+        mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None)]
+        if mask.dtype == torch.bool:
+            return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+        return mask.to(dtype)
+    if is_causal:
+        return torch.full((rows.stop - rows.start, rows.stop), lowest, dtype=dtype).triu_(rows.start + 1)
+    return None
+
+
+def _map(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better."""
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
+    if bias is not None:
+        scores += bias
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::differential_attention", mutates_args=(), device_types="cpu")
+def blocked_differential_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Differential attention, (A1 − λ·A2)·v, block by block, forward and backward; equal to the eager formula.
+
+    An operator of PyTorch's, so that `torch.compile` calls it as it is, whatever the sizes. The maps are computed
+    again in the backward pass: memory doesn't grow with tokens² beyond one block.
+
+    Args:
+        query, key: (batch, num_heads, tokens, head_dim); heads 2i and 2i+1 make the two maps of pair i.
+        value: (batch, num_heads / 2, tokens, 2 · head_dim).
+        attention_mask: As in `score_bias`.
+        lambda_value: λ, without dimensions.
+        scaling: Factor on the scores.
+        is_causal: Whether a query attends to earlier tokens and itself alone, where there is no mask.
+
+    Returns:
+        (batch, tokens, num_heads / 2, 2 · head_dim), in the query's dtype.
+
+    Source: paper arXiv 2503.06626, section 3.
+    """
+    first_query, second_query = query[:, 0::2], query[:, 1::2]
+    first_key, second_key = key[:, 0::2], key[:, 1::2]
+    weight = lambda_value.item()
+    output = value.new_empty(value.transpose(1, 2).shape)
+    for batch, pairs, rows in _blocks(query):
+        keys = slice(_key_length(attention_mask, is_causal, rows, key.shape[2]))
+        bias = score_bias(attention_mask, is_causal, batch, rows, query.dtype)
+        first = _map(first_query[batch, pairs, rows], first_key[batch, pairs, keys], bias, scaling)
+        second = _map(second_query[batch, pairs, rows], second_key[batch, pairs, keys], bias, scaling)
+        difference = first.sub_(second, alpha=weight)
+        output[batch, rows, pairs] = torch.matmul(difference, value[batch, pairs, keys]).transpose(1, 2)
+    return output
+
+
+@blocked_differential_attention.register_fake
+def _(query, key, value, attention_mask, lambda_value, scaling, is_causal):
+    return value.new_empty(value.transpose(1, 2).shape)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::differential_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key, value and λ.
+
+    With M = A1 − λ·A2 and G the output's gradient: dM = G·vᵀ, dv = Mᵀ·G, dA1 = dM, dA2 = −λ·dM, dλ = −Σ A2·dM.
+    """
+    weight = lambda_value.item()
+    grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
+    grad_key.zero_(), grad_value.zero_()
+    grad_lambda = 0.0
+    for batch, pairs, rows in _blocks(query):
+        keys = slice(_key_length(attention_mask, is_causal, rows, key.shape[2]))
+        bias = score_bias(attention_mask, is_causal, batch, rows, query.dtype)
+        grad = grad_output[batch, rows, pairs].transpose(1, 2)
+        grad_map = torch.matmul(grad, value[batch, pairs, keys].transpose(-1, -2))
+        maps = []
+        for head, factor in ((0, scaling), (1, -weight * scaling)):
+            block_query = query[:, head::2][batch, pairs, rows]
+            block_key = key[:, head::2][batch, pairs, keys]
+            maps.append(_map(block_query, block_key, bias, scaling))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_map, maps[-1], -1, grad_map.dtype)
+            grad_query[:, head::2][batch, pairs, rows] = torch.matmul(grad_scores, block_key).mul_(factor)
+            grad_key[:, head::2][batch, pairs, keys].add_(
+                torch.matmul(grad_scores.transpose(-1, -2), block_query), alpha=factor
+            )
+        grad_lambda -= torch.linalg.vecdot(maps[1], grad_map).sum(dtype=torch.float64).item()
+        difference = maps[0].sub_(maps[1], alpha=weight)
+        grad_value[batch, pairs, keys] += torch.matmul(difference.transpose(-1, -2), grad)
+    return grad_query, grad_key, grad_value, lambda_value.new_tensor(grad_lambda)
+
+
+def _backward_buffers(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return room for the gradients, (batch, tokens, heads, width) in memory, as the projections' outputs are."""
+    return tuple(tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value))
+
+
+@_backward.register_fake
+def _(grad_output, query, key, value, attention_mask, lambda_value, scaling, is_causal):
+    return *_backward_buffers(query, key, value), torch.empty_like(lambda_value)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scaling, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad_output):
+    grad_query, grad_key, grad_value, grad_lambda = _backward(
+        grad_output, *ctx.saved_tensors, ctx.scaling, ctx.is_causal
+    )
+    return grad_query, grad_key, grad_value, None, grad_lambda, None, None
+
+
+blocked_differential_attention.register_autograd(_autograd, setup_context=_setup_context)
