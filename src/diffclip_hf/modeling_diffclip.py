@@ -511,7 +511,7 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
             is_start = input_ids == self.config.bos_token_id
             # Without a start token argmax gives 0, and the text starts at the first token.
             return is_start.int().argmax(-1, keepdim=True)
-        return input_ids.new_zeros(len(input_ids), 1)
+        return input_ids.new_zeros(input_ids.shape[0], 1)
 
     def _end_of_text(self, input_ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Return the index of each text's first end-of-text token, (batch, 1), or raise where there is none."""
@@ -585,7 +585,7 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
         hidden_states = self.encoder(hidden_states, causal_mask, **kwargs)
 
         last_hidden_state = self.final_layer_norm(hidden_states)
-        batch_idx = torch.arange(len(input_ids), device=last_hidden_state.device)
+        batch_idx = torch.arange(input_ids.shape[0], device=last_hidden_state.device)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state[batch_idx, end.flatten().to(last_hidden_state.device)],
