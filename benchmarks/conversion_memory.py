@@ -10,8 +10,6 @@ every page of a mapped file that is in memory) less what it was when everything 
 import argparse
 import json
 import logging
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from machine import machine
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,12 +61,6 @@ def run_child(arguments: Sequence[str]) -> int:
     return code
 
 
-def cpu_name() -> str:
-    """Return the processor's name as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def measure(variant: str) -> dict:
     """Return the measurement, with the machine that it was taken on."""
     with tempfile.TemporaryDirectory() as folder:
@@ -91,12 +84,7 @@ def measure(variant: str) -> dict:
         "limit": LIMIT,
         "gate_largest_error": report["gate"]["largest_error"],
         "gate_inputs": list(report["gate"]["errors"]),
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
+        "machine": machine(),
         "versions": report["versions"],
     }
 
