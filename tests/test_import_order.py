@@ -22,6 +22,8 @@ ARROWS = {
     "processing_diffclip": {"image_processing_diffclip", "image_processing_pil_diffclip"},
     "remote_code": set(),
     "version": set(),
+    "zero_shot": {"image_processing_pil_diffclip"},
+    "zero_shot_templates": set(),
     "__init__": {
         "attention_diffclip",
         "configuration_diffclip",
@@ -31,6 +33,8 @@ ARROWS = {
         "processing_diffclip",
         "remote_code",
         "version",
+        "zero_shot",
+        "zero_shot_templates",
     },
 }
 # What may be imported without a guard in code that travels: Transformers refuses to load it where one is missing.

@@ -37,7 +37,7 @@ def run(command: list[str], clone: Path) -> str:
 
 
 def test_there_are_snippets():
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert len(CONVERSION) == 2
 
 

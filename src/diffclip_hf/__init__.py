@@ -29,6 +29,8 @@ from .modeling_diffclip import (
 from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
 from .remote_code import add_remote_code
 from .version import __version__
+from .zero_shot import ZeroShotClassifier
+from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL
 
 
 for _config_class in (DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig):
@@ -60,6 +62,9 @@ __all__ = [
     "DiffCLIPVisionConfig",
     "DiffCLIPVisionModel",
     "DiffCLIPVisionModelWithProjection",
+    "IMAGENET_TEMPLATES",
+    "IMAGENET_TEMPLATES_SMALL",
+    "ZeroShotClassifier",
     "__version__",
     "add_remote_code",
     "differential_attention_map",

@@ -1,0 +1,351 @@
+"""Zero-shot classification that encodes its labels once, for any number of images."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+from .image_processing_pil_diffclip import fetch_images, to_rgb
+
+
+# What a folder's pictures are called, in lower case.
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+DEFAULT_IMAGE_COLUMN = "image"
+
+
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """List a folder's pictures, those of its sub-folders among them, sorted by path; hidden files are left out.
+
+    Raises:
+        ValueError: It isn't a folder, or has no file whose name ends like a picture's (`IMAGE_SUFFIXES`).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} isn't a folder.")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not found:
+        raise ValueError(
+            f"The folder {str(folder)!r} has no pictures; their names must end in one of "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    return found
+
+
+def _is_folder(images: Any) -> bool:
+    return isinstance(images, (str, os.PathLike)) and os.path.isdir(images)
+
+
+def _is_single(images: Any) -> bool:
+    """Say whether something is one image rather than several."""
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim < 4
+    return isinstance(images, (str, os.PathLike, Image.Image)) and not _is_folder(images)
+
+
+def _with_folders_listed(images: Iterable[Any]) -> Iterator[Any]:
+    """Put the files of each folder in the folder's place."""
+    for image in images:
+        if _is_folder(image):
+            yield from image_files(image)
+        else:
+            yield image
+
+
+def _sources(images: Any) -> tuple[Iterable[Any], int | None]:
+    """Return what yields the single images, unread, and how many there are, or None where that isn't known."""
+    if isinstance(images, Mapping):
+        raise ValueError(f"images is a mapping of {', '.join(map(repr, images))}; pass one of its values.")
+    if _is_single(images):
+        return [images], 1
+    if _is_folder(images):
+        images = image_files(images)
+    elif isinstance(images, (list, tuple)):
+        images = list(_with_folders_listed(images))
+    elif not isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
+        raise ValueError(
+            f"images is of type {type(images).__name__}; it must be an image, a path, a URL, a folder, or an iterable "
+            "of these or of a dataset's rows."
+        )
+    return images, len(images) if hasattr(images, "__len__") else None
+
+
+def _image_column(images: Any) -> str:
+    """Return the column of a dataset that holds the images, by its features, or "image" where it has none.
+
+    Raises:
+        ValueError: The features have no image, or more than one.
+    """
+    features = getattr(images, "features", None)
+    if not isinstance(features, Mapping):
+        return DEFAULT_IMAGE_COLUMN
+    # By the feature's name: `datasets` may not be installed.
+    columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if len(columns) != 1:
+        raise ValueError(
+            f"The dataset's columns are {list(features)}, of which {columns} hold images; pass image_column."
+        )
+    return columns[0]
+
+
+def _texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list[int]]:
+    """Check and combine labels and templates.
+
+    Returns:
+        The labels; every text; and the index of each text's label.
+
+    Raises:
+        ValueError: As `ZeroShotClassifier` raises.
+    """
+    if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+        raise ValueError(f"labels is {labels!r}; it must be a sequence of strings, or a mapping of label to names.")
+    pairs = labels.items() if isinstance(labels, Mapping) else ((label, label) for label in labels)
+    entries = [(label, names if isinstance(names, (list, tuple)) else [names]) for label, names in pairs]
+    if not entries:
+        raise ValueError("labels is empty; it must have at least one label.")
+    for label, names in entries:
+        if not names or not all(isinstance(name, str) for name in (label, *names)):
+            raise ValueError(f"labels has {label!r} with the names {names!r}; each must be a string, with a name.")
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if not templates:
+        raise ValueError("templates is empty; it must have at least one template.")
+    for template in templates:
+        try:
+            fits = "\0" in template.format("\0")
+        except (AttributeError, IndexError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"templates has {template!r}; each must be a string with {{}} where the label belongs.")
+    rows = [
+        (template.format(name), index)
+        for index, (_, names) in enumerate(entries)
+        for name in names
+        for template in templates
+    ]
+    return [label for label, _ in entries], [text for text, _ in rows], [index for _, index in rows]
+
+
+def _unreadable(index: int, source: Any, error: Exception) -> ValueError:
+    """Return the error that says which image can't be read, and why."""
+    name = f" ({os.fspath(source)!r:.200})" if isinstance(source, (str, os.PathLike)) else ""
+    return ValueError(f"Image {index}{name} can't be read: {error}")
+
+
+@contextmanager
+def _inference(model: torch.nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode and without gradients, and leave each module's mode as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class ZeroShotClassifier:
+    """Compares images with labels, whose texts are encoded once, here, rather than for every image.
+
+    For each label every template is filled with it, each text's embedding is L2-normalised, and their mean is
+    normalised again. The scores are the softmax over labels of exp(logit_scale) · cosine similarity, so for one
+    template they are those of Transformers' zero-shot image classification pipeline.
+
+    Images are given as Pillow images, paths, URLs, arrays as the image processor takes them, folders (`image_files`),
+    a `datasets` dataset, or any iterable of these or of a dataset's rows. They're read one at a time, and of each only
+    its pixel values are kept, for a batch at a time. As in `to_rgb`, what is transparent is laid over white.
+
+    Args:
+        model: A `DiffCLIPModel`, or another of Transformers' that has `get_text_features`, `get_image_features` and
+            `logit_scale`, as `CLIPModel` has; on any device, of any floating dtype. It's run in evaluation mode, and
+            left in the mode in which it was.
+        processor: Its processor, with a `tokenizer` and an `image_processor`.
+        labels: A label is one string; or a mapping gives the string or strings that a label goes by in texts.
+        templates: A template, or several to average, with `{}` where the label belongs; `IMAGENET_TEMPLATES`.
+        batch_size: Images that go through the model at once.
+        text_batch_size: Texts that go through the model at once.
+        progress_bar: Whether to show bars, which `transformers.logging.disable_progress_bar()` turns off too.
+
+    Attributes:
+        labels: The labels, in the order given.
+        label_embeds: Their embeddings, L2-normalised, float32, (labels, projection_dim), on the model's device. They
+            stay as they are where the model is trained further.
+
+    Raises:
+        ValueError: There's no label or template, one isn't a string, or a template lacks `{}`; a batch size is below
+            1; the model's scores aren't a softmax, as SigLIP's aren't, or the model or the processor lacks a part.
+
+    Source: Radford et al. 2021 (CLIP), section 3.1.4; SLIP's `eval_zeroshot.py` for the order of mean and norm.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        labels: Iterable[str] | Mapping[str, str | Sequence[str]],
+        templates: str | Sequence[str] = "This is a photo of {}.",
+        *,
+        batch_size: int = 32,
+        text_batch_size: int = 128,
+        progress_bar: bool = True,
+    ):
+        for name, part, needed in (
+            ("model", model, ("get_text_features", "get_image_features", "logit_scale")),
+            ("processor", processor, ("tokenizer", "image_processor")),
+        ):
+            if missing := [attribute for attribute in needed if not hasattr(part, attribute)]:
+                raise ValueError(f"{name} is a {type(part).__name__}, which has no {' and no '.join(missing)}.")
+        if hasattr(model, "logit_bias"):
+            raise ValueError(
+                f"model is a {type(model).__name__}, which has a logit_bias: its scores are sigmoids, not a softmax "
+                "over labels. Use Transformers' zero-shot-image-classification pipeline."
+            )
+        for name, value in (("batch_size", batch_size), ("text_batch_size", text_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        # Transformers' types know nothing of what a model class has of its own.
+        self.model: Any = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.progress_bar = progress_bar
+        self.labels, texts, indices = _texts(labels, templates)
+        self.label_embeds = self._encode_texts(texts, indices, text_batch_size)
+
+    def __call__(self, images: Any, top_k: int | None = None, image_column: str | None = None) -> list[Any]:
+        """Classify images; return what `stream` yields as a list, or its only element for a single image."""
+        results = list(self.stream(images, top_k, image_column))
+        return results[0] if _is_single(images) else results
+
+    def stream(
+        self, images: Any, top_k: int | None = None, image_column: str | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yield each image's labels, as soon as its batch is through.
+
+        Args:
+            images: One or several, as the class describes.
+            top_k: How many labels to give of each image; all by default.
+            image_column: Where rows of a dataset are given, the column that holds the images; by default the only one
+                that does by the dataset's features, or "image" where there are no features.
+
+        Returns:
+            An iterator over lists of {"score": float in 0..1, "label": str}, the best first.
+
+        Raises:
+            ValueError: `top_k` is below 1; or, with its index or path, an image can't be read.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all labels.")
+        return self._stream(images, top_k, image_column)
+
+    def logits(self, images: Any, image_column: str | None = None) -> torch.Tensor:
+        """Return exp(logit_scale) · cosine similarity, float32, (images, labels), on the CPU.
+
+        The softmax over the last dimension gives the scores. The arguments and errors are those of `stream`.
+        """
+        batches = list(self._batches(images, image_column))
+        return torch.cat(batches) if batches else torch.empty(0, len(self.labels))
+
+    def _stream(self, images: Any, top_k: int | None, image_column: str | None) -> Iterator[list[dict[str, Any]]]:
+        for logits in self._batches(images, image_column):
+            # Stable, so that equal scores keep the labels' order, as in the pipeline.
+            scores, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+            for row, indices in zip(scores[:, :top_k].tolist(), order[:, :top_k].tolist(), strict=True):
+                yield [
+                    {"score": score, "label": self.labels[index]} for score, index in zip(row, indices, strict=True)
+                ]
+
+    def _batches(self, images: Any, image_column: str | None) -> Iterator[torch.Tensor]:
+        """Yield each batch's logits, (at most batch_size, labels)."""
+        sources, total = _sources(images)
+        pixel_values = self._read_all(sources, image_column)
+        disable = not self.progress_bar or total == 1
+        with logging.tqdm(total=total, desc="Images", unit="image", disable=disable) as bar:
+            while batch := list(islice(pixel_values, self.batch_size)):
+                yield self._image_logits(torch.cat(batch))
+                bar.update(len(batch))
+
+    def _read_all(self, sources: Iterable[Any], image_column: str | None) -> Iterator[torch.Tensor]:
+        """Yield each image's pixel values, float32, (1, channels, height, width)."""
+        remaining = iter(sources)
+        for index in count():
+            try:
+                # A dataset reads the image here.
+                source = next(remaining)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise _unreadable(index, None, error) from error
+            if isinstance(source, Mapping):
+                image_column = image_column or _image_column(sources)
+                if image_column not in source:
+                    raise ValueError(f"Row {index} has the columns {list(source)}, and no {image_column!r}.")
+                source = source[image_column]
+            try:
+                pixel_values = self._pixel_values(source)
+            except Exception as error:
+                raise _unreadable(index, source, error) from error
+            yield pixel_values
+
+    def _pixel_values(self, source: Any) -> torch.Tensor:
+        if not _is_single(source):
+            raise ValueError(f"it is of type {type(source).__name__}, which isn't an image's, a path's or a URL's.")
+        image = to_rgb(source) if isinstance(source, Image.Image) else fetch_images(source)
+        return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+
+    def _image_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return a batch's logits, float32, (batch, labels), on the CPU."""
+        with _inference(self.model):
+            outputs = self.model.get_image_features(
+                pixel_values=pixel_values.to(self.model.device, self.model.dtype), return_dict=True
+            )
+        image_embeds = normalize(outputs.pooler_output.float(), dim=-1).to(self.label_embeds.device)
+        scale = self.model.logit_scale.detach().float().exp().to(self.label_embeds.device)
+        return (scale * image_embeds @ self.label_embeds.t()).cpu()
+
+    def _encode_texts(self, texts: list[str], indices: list[int], batch_size: int) -> torch.Tensor:
+        """Return the labels' embeddings, where `indices` says which label each text is of."""
+        tokenizer = self.processor.tokenizer
+        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+        if max(lengths) > tokenizer.model_max_length:
+            longest = texts[lengths.index(max(lengths))]
+            warnings.warn(
+                f"{sum(length > tokenizer.model_max_length for length in lengths)} of {len(texts)} texts are cut to "
+                f"{tokenizer.model_max_length} tokens, the longest of which is {longest!r:.200}.",
+                stacklevel=3,
+            )
+        # Texts of a length together, so that there's little padding; the longest first, which need the most memory.
+        order = sorted(range(len(texts)), key=lambda row: -lengths[row])
+        chunks = []
+        disable = not self.progress_bar or len(texts) <= batch_size
+        with logging.tqdm(total=len(texts), desc="Texts", unit="text", disable=disable) as bar:
+            for start in range(0, len(texts), batch_size):
+                chunk = [texts[row] for row in order[start : start + batch_size]]
+                tokens = tokenizer(chunk, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+                with _inference(self.model):
+                    outputs = self.model.get_text_features(**tokens, return_dict=True)
+                chunks.append(normalize(outputs.pooler_output.float(), dim=-1))
+                bar.update(len(chunk))
+        text_embeds = torch.cat(chunks)
+        label_of_text = torch.tensor([indices[row] for row in order], device=text_embeds.device)
+        sums = text_embeds.new_zeros(len(self.labels), text_embeds.shape[-1])
+        # A mean and a sum have the same direction.
+        return normalize(sums.index_add_(0, label_of_text, text_embeds), dim=-1)
+
+
+__all__ = ["IMAGE_SUFFIXES", "ZeroShotClassifier", "image_files"]
