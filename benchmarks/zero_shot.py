@@ -4,14 +4,12 @@ python benchmarks/zero_shot.py [--images 64] [--labels 1000] [--output benchmark
 
 The weights are random, the tokenizer is CLIP's own, and the labels are made of its words, as long as ImageNet's. The
 classifier's time is that of encoding the labels and classifying all the images. The pipeline's would take long: since
-it encodes all the labels for each image, at the same cost, it is timed on a few images, and its time for all of them is
-extrapolated. The two take turns, and the medians are compared; so are their scores.
+it encodes all the labels for each image, at the same cost, it is timed on a few images, and its time for all of them
+is extrapolated. The two take turns, and the medians are compared; so are their scores.
 """
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -21,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from machine import machine, versions
 from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "benchmarks"), str(ROOT / "conversion")]
+sys.path.append(str(ROOT / "conversion"))
 GOAL = 30
 LARGEST_DIFFERENCE = 1e-6
 
@@ -53,7 +52,6 @@ def make_images(count: int) -> list[Image.Image]:
 def measure(image_count: int, label_count: int, pipeline_images: int, runs: int) -> dict:
     """Return the measurement, with the machine that it was taken on."""
     from clip_vocabulary import clip_tokenizer, find_merges_file
-    from conversion_memory import cpu_name
 
     from diffclip_hf import (
         DiffCLIPConfig,
@@ -61,7 +59,6 @@ def measure(image_count: int, label_count: int, pipeline_images: int, runs: int)
         DiffCLIPModel,
         DiffCLIPProcessor,
         ZeroShotClassifier,
-        __version__,
     )
 
     torch.manual_seed(0)
@@ -117,18 +114,8 @@ def measure(image_count: int, label_count: int, pipeline_images: int, runs: int)
         },
         "attention": model.config._attn_implementation,
         "dtype": "float32",
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "diffclip_hf": __version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
+        "versions": versions(),
     }
 
 
@@ -147,7 +134,8 @@ def main() -> int:
         f"{result['images']} images and {result['labels']} labels: pipeline {result['pipeline_seconds']} s "
         f"(extrapolated from {result['pipeline_seconds_extrapolated_from_images']} images), ZeroShotClassifier "
         f"{result['classifier_seconds']} s ({result['classifier_seconds_for_labels']} s of it for the labels), "
-        f"{result['times_faster']} times faster; scores differ by at most {result['largest_difference_of_scores']:.1e}\n"
+        f"{result['times_faster']} times faster; scores differ by at most "
+        f"{result['largest_difference_of_scores']:.1e}\n"
     )
     return int(result["times_faster"] < GOAL or result["largest_difference_of_scores"] > LARGEST_DIFFERENCE)
 

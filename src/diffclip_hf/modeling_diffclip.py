@@ -18,7 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_diffclip import compute_lambda, differential_attention_forward, eager_attention_forward
+from .attention_diffclip import (
+    check_flash_attention,
+    compute_lambda,
+    differential_attention_forward,
+    eager_attention_forward,
+)
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .hub_cache_diffclip import checked_downloads
 
@@ -258,9 +263,11 @@ class DiffCLIPAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        query = self._split(self.q_proj(hidden_states), self.head_dim)
+        check_flash_attention(query, self.config._attn_implementation)
         return attention_interface(
             self,
-            self._split(self.q_proj(hidden_states), self.head_dim),
+            query,
             self._split(self.k_proj(hidden_states), self.head_dim),
             self._split(self.v_proj(hidden_states), self.head_dim),
             attention_mask,
