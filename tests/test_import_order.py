@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "diffclip_hf"
 # File → the siblings that it may import.
 ARROWS = {
     "configuration_diffclip": set(),
+    "kernels_diffclip": set(),
     "attention_diffclip": set(),
     "hub_cache_diffclip": set(),
     "modeling_diffclip": {"attention_diffclip", "configuration_diffclip", "hub_cache_diffclip"},

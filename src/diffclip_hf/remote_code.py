@@ -11,6 +11,7 @@ _PACKAGE = Path(__file__).parent
 CODE_FILES = (
     "configuration_diffclip.py",
     "hub_cache_diffclip.py",
+    "kernels_diffclip.py",
     "attention_diffclip.py",
     "modeling_diffclip.py",
     "image_processing_pil_diffclip.py",
