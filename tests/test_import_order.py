@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parent.parent / "src" / "diffclip_hf"
 # File → the siblings that it may import.
 ARROWS = {
     "configuration_diffclip": set(),
+    "kernels_diffclip": set(),
     "blocked_attention_diffclip": set(),
     "attention_diffclip": {"blocked_attention_diffclip"},
     "hub_cache_diffclip": set(),
-    "modeling_diffclip": {"attention_diffclip", "configuration_diffclip", "hub_cache_diffclip"},
+    "modeling_diffclip": {"attention_diffclip", "configuration_diffclip", "hub_cache_diffclip", "kernels_diffclip"},
     # The two image processors name each other for Transformers' copying of files; at run time the arrow is one way.
     "image_processing_pil_diffclip": {"image_processing_diffclip"},
     "image_processing_diffclip": {"image_processing_pil_diffclip"},

@@ -5,10 +5,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .blocked_attention_diffclip import blocked_differential_attention, fits_one_block, score_bias
+
+
+# The name of the Triton kernels, `kernels_diffclip`, which differential attention modules call themselves. What is
+# registered serves the standard ones: under this name they and the masks are as under "sdpa".
+FUSED_ATTENTION = "differential_triton"
+AttentionInterface.register(FUSED_ATTENTION, ALL_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register(FUSED_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def compute_lambda(

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_diffclip import (
+    FUSED_ATTENTION,
     check_flash_attention,
     compute_lambda,
     differential_attention_forward,
@@ -317,19 +318,55 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the pairs' outputs, (batch, tokens, num_heads / 2, 2 · head_dim), and the maps."""
+        query = self._split(self.q_proj(hidden_states), self.head_dim)
+        key = self._split(self.k_proj(hidden_states), self.head_dim)
+        value = self._split(self.v_proj(hidden_states), 2 * self.head_dim)
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation or "eager"
+        if implementation == FUSED_ATTENTION:
+            return self._fused(query, key, value, attention_mask, dropout), None
         output, maps = differential_attention_forward(
             self,
-            self._split(self.q_proj(hidden_states), self.head_dim),
-            self._split(self.k_proj(hidden_states), self.head_dim),
-            self._split(self.v_proj(hidden_states), 2 * self.head_dim),
+            query,
+            key,
+            value,
             attention_mask,
             self.get_lambda(),
             scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            attn_implementation=self.config._attn_implementation or "eager",
+            dropout=dropout,
+            attn_implementation=implementation,
             **kwargs,
         )
         return self.diff_norm(output) * (1 - self.lambda_init), maps
+
+    def _fused(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Return the pairs' outputs from the kernels that compute all of it, norm and factor too."""
+        # Here, since Triton takes time to import and few need it.
+        from .kernels_diffclip import fused_differential_attention
+
+        if dropout:
+            raise ValueError(
+                f"attention_dropout is {dropout}; under attn_implementation={FUSED_ATTENTION!r} it must be 0."
+            )
+        return fused_differential_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            self.get_lambda(),
+            self.diff_norm.weight,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+            norm_eps=self.diff_norm.eps,
+            output_scale=1 - self.lambda_init,
+        )
 
 
 class DiffCLIPMLP(nn.Module):

@@ -12,6 +12,7 @@ CODE_FILES = (
     "configuration_diffclip.py",
     "hub_cache_diffclip.py",
     "blocked_attention_diffclip.py",
+    "kernels_diffclip.py",
     "attention_diffclip.py",
     "modeling_diffclip.py",
     "image_processing_pil_diffclip.py",
