@@ -207,7 +207,7 @@ def differential_attention_forward(
         and not leaves_pytorch
         and one_mask
     ):
-        is_causal = module.is_causal
+        is_causal = bool(module.is_causal)
         # While compiling always the operator, since a choice by size would compile anew at the crossover.
         if torch.compiler.is_compiling() or not fits_one_block(query):
             return blocked_differential_attention(

@@ -169,7 +169,10 @@ def _backward_buffers(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return room for the gradients, (batch, tokens, heads, width) in memory, as the projections' outputs are."""
-    return tuple(tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value))
+    query, key, value = (
+        tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)
+    )
+    return query, key, value
 
 
 @_backward.register_fake
