@@ -5,6 +5,7 @@ python benchmarks/speed.py [--only PART …] [--seconds 30] [--device cuda] [--o
 Writes the measurements (JSON), a table (Markdown) and two plots (PNG) beside each other. Parts:
 
 - core: differential attention alone against PyTorch's SDPA of the same width, forward, and forward and backward.
+- projections: q, k and v as three matrix products, which the model does, and as one.
 - towers: the image and the text tower, forward; also compiled.
 - training: forward, contrastive loss, backward and AdamW.
 - startup: importing the model class and loading a folder, each in a process of its own.
@@ -37,7 +38,7 @@ from diffclip_hf.attention_diffclip import differential_attention_forward
 
 
 logger = logging.getLogger("speed")
-PARTS = ("core", "towers", "training", "startup")
+PARTS = ("core", "projections", "towers", "training", "startup")
 CLIP = "CLIPModel sdpa"
 PLAIN_SDPA = "plain SDPA"
 # (batch, tokens, heads, head width, causal)
@@ -197,6 +198,26 @@ def core_run(function: Callable, tensors: tuple, training: bool) -> Callable[[],
         return torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
 
     return forward_backward
+
+
+def projection_cases(device: str) -> Iterator[Case]:
+    """Yield the products that give q, k and v, at the sizes of the two towers; one has its weights ready."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for batch, tokens, width in ((1, 197, 768), (8, 197, 768), (1, 77, 512), (8, 77, 512)):
+        states = torch.randn(batch, tokens, width, device=device, dtype=dtype)
+        weights, biases = torch.randn(3, width, width).to(states), torch.randn(3, width).to(states)
+        together, bias = weights.flatten(0, 1), biases.flatten()
+
+        def three(states=states, weights=weights, biases=biases):
+            with torch.inference_mode():
+                return [nn.functional.linear(states, *pair) for pair in zip(weights, biases, strict=True)]
+
+        def one(states=states, together=together, bias=bias, width=width):
+            with torch.inference_mode():
+                return nn.functional.linear(states, together, bias).split(width, dim=-1)
+
+        sizes = {"batch": batch, "tokens": tokens, "width": width}
+        yield Case("projections", "q, k, v", sizes, "three products", {"three products": three, "one product": one})
 
 
 # Models -------------------------------------------------------------------------------------------------------------
@@ -383,6 +404,39 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The README's rows: what to call it, and the case's fields.
+SUMMARY = [
+    ("Image tower, batch 8", {"part": "towers", "what": "image tower", "batch": 8, "image_size": 224}),
+    ("Image tower at 336 px, batch 8", {"part": "towers", "what": "image tower", "batch": 8, "image_size": 336}),
+    ("Text tower, batch 8", {"part": "towers", "what": "text tower", "batch": 8}),
+    ("Training step, batch 8", {"part": "training", "batch": 8}),
+    ("Its peak memory", {"part": "memory", "what": "peak memory, training", "batch": 8}),
+    ("Attention alone, 8 × 197 tokens", {"part": "core", "what": "forward", "tokens": 197, "batch": 8}),
+    ("Attention alone, 1 × 1,025 tokens", {"part": "core", "what": "forward", "tokens": 1025}),
+    (
+        "Attention alone, 8 × 77 tokens, causal",
+        {"part": "core", "what": "forward", "tokens": 77, "causal": True, "batch": 8},
+    ),
+    ("`import` in a new process", {"part": "startup", "what": "import in a new process"}),
+    ("`from_pretrained`", {"part": "startup", "what": "from_pretrained"}),
+]
+
+
+def summary(described: dict) -> str:
+    """Return the README's table: `sdpa` and `eager` against CLIPModel, or against plain SDPA for attention alone."""
+    lines = ["| | CLIPModel | DiffCLIPModel, `sdpa` | ratio | `eager`'s ratio |", "|---|---|---|---|---|"]
+    for name, fields in SUMMARY:
+        for result in described["results"]:
+            if fields.items() <= result.items():
+                found = result["results"]
+                eager = found.get("eager", found.get("formula"))
+                lines.append(
+                    f"| {name} | {amount(found[result['reference']])} | {amount(found['sdpa'])} | "
+                    f"{found['sdpa']['ratio']:.2f} | {format(eager['ratio'], '.2f') if eager else ''} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
 def amount(found: dict) -> str:
     """Return a median time or a size for people."""
     return f"{found['bytes'] / 2**20:,.0f} MiB" if "bytes" in found else f"{found['median_ms']:,.1f} ms"
@@ -464,6 +518,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = {
             "core": lambda: core_cases(args.device),
+            "projections": lambda: projection_cases(args.device),
             "towers": lambda: tower_cases(args.device, batches),
             "training": lambda: training_cases(args.device, training_batches),
             "startup": lambda: startup_cases(Path(folder)),
@@ -478,7 +533,7 @@ def main() -> None:
     dtype = "float32" if on_cpu else "bfloat16"
     described = {"machine": machine(), "versions": versions(), "dtype": dtype, "results": results}
     output.write_text(json.dumps(described, indent=2) + "\n")
-    output.with_suffix(".md").write_text(table(results))
+    output.with_suffix(".md").write_text(f"{summary(described)}\n{table(results)}")
     plot(results, output.parent, output.stem)
 
 

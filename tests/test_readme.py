@@ -36,6 +36,11 @@ def run(command: list[str], clone: Path) -> str:
     return done.stdout
 
 
+def test_the_speed_table_is_the_measured_one():
+    measured = (ROOT / "benchmarks" / "speed.md").read_text().split("\n\n")[0]
+    assert measured in (ROOT / "README.md").read_text()
+
+
 def test_there_are_snippets():
     assert len(PYTHON) == 5
     assert len(CONVERSION) == 2
