@@ -1,4 +1,4 @@
-"""Compile the fused kernels for a card that isn't there: `python compile_kernels.py ARCH HEAD_DIM DTYPE`.
+"""Compile the fused kernels for a card that isn't there: `python compile_kernels.py ARCH HEAD_DIMS DTYPES`.
 
 The interpreter takes code that the compiler refuses. A driver that only names its card lets Triton's own launcher
 compile each kernel for the arguments that the operators pass, and leave out the launch.
@@ -48,12 +48,8 @@ class Compiled:
         return compile_only
 
 
-def main(architecture: int, head_dim: int, dtype: torch.dtype) -> None:
-    triton.runtime.driver.set_active(Driver(architecture))
-    for name in ("_forward_kernel", "_backward_query_kernel", "_backward_key_kernel"):
-        setattr(kernels_diffclip, name, Compiled(getattr(kernels_diffclip, name)))
-    # The tensors are on the CPU, which is refused.
-    kernels_diffclip._check = lambda *args: None
+def compile_all(head_dim: int, dtype: torch.dtype) -> None:
+    """Compile the three kernels as they are without a mask, causal for a single token, and with a mask."""
     for tokens, mask, is_causal in (
         (197, None, False),
         (1, None, True),
@@ -72,5 +68,17 @@ def inputs(tokens: int, head_dim: int, dtype: torch.dtype, mask: torch.Tensor | 
     return heads, heads, value, mask, torch.tensor(0.8), torch.ones(2 * head_dim, dtype=dtype)
 
 
+def main(architecture: int, head_dims: list[int], dtypes: list[torch.dtype]) -> None:
+    triton.runtime.driver.set_active(Driver(architecture))
+    for name in ("_forward_kernel", "_backward_query_kernel", "_backward_key_kernel"):
+        setattr(kernels_diffclip, name, Compiled(getattr(kernels_diffclip, name)))
+    # The tensors are on the CPU, which is refused.
+    kernels_diffclip._check = lambda *args: None
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            compile_all(head_dim, dtype)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]))
+    _, given, widths, types = sys.argv
+    main(int(given), [int(width) for width in widths.split(",")], [getattr(torch, name) for name in types.split(",")])
