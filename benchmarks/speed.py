@@ -10,9 +10,9 @@ Writes the measurements (JSON), a table (Markdown) and two plots (PNG) beside ea
 - training: forward, contrastive loss, backward and AdamW.
 - startup: importing the model class and loading a folder, each in a process of its own.
 
-The contenders of a case run in turn in one process until its time is over (three rounds at least, two where a round
-takes a minute); reported are medians, quartiles, and the ratio of the medians to the reference's. Peak memory is that
-of a process for each contender. The weights are random. On a GPU the towers and the training run in bfloat16.
+The contenders of a case run in turn in one process until its time is over, two or three rounds at least; reported are
+medians, quartiles, and the ratio of the medians to the reference's. Peak memory is that of a process for each
+contender. The weights are random. On a GPU the towers and the training run in bfloat16.
 """
 
 import argparse

@@ -56,6 +56,7 @@ def bool_mask(kind: str, batch: int, length: int) -> torch.Tensor | None:
 def test_every_cut_is_the_formula(entries, mask, monkeypatch):
     batch, length, heads = 5, 19, 4
     monkeypatch.setattr(blocked_attention_diffclip, "BLOCK_ENTRIES_PER_THREAD", entries // torch.get_num_threads())
+    monkeypatch.setattr(blocked_attention_diffclip, "LEAST_ROWS", 1)
     tensors = draw(batch, length, heads, 8)
     attention_mask = bool_mask(mask, batch, length)
     lowest = torch.finfo(torch.float64).min

@@ -83,7 +83,7 @@ def attention_maps(
     Returns:
         (batch, num_heads, tokens, tokens), in the query's dtype; every row sums to 1.
     """
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if attention_mask is not None:
         scores = scores + attention_mask
     return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 
 
-# Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/attention.py. Smaller
+# Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/speed.py. Smaller
 # blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
 BLOCK_ENTRIES_PER_THREAD = 2**18
+# Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
+LEAST_ROWS = 256
 
 # Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
 _NAMESPACE = __name__.replace(".", "_").replace("-", "_")
@@ -27,7 +29,7 @@ def _blocks(query: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
     batch = max(1, entries // (num_heads * length * length))
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
-    rows = max(1, entries // (2 * pairs * length))
+    rows = max(LEAST_ROWS, entries // (2 * pairs * length))
     for batch_start in range(0, batch_size, batch):
         for pair_start in range(0, num_heads // 2, pairs):
             for row_start in range(0, length, rows):
