@@ -341,20 +341,25 @@ def test_device(processor, images, expected):
     torch.testing.assert_close(classifier.logits(images), expected, atol=1e-4, rtol=0)
 
 
-def test_inputs_go_to_the_models_device(processor, images, monkeypatch):
+def test_inputs_go_to_the_models_device_and_dtype(processor, images, monkeypatch):
     """To the meta device, which every machine has; it holds no values, so that the towers stand aside."""
-    seen = []
+    seen = {}
 
     def features(**inputs):
-        seen.extend(value.device.type for value in inputs.values() if isinstance(value, torch.Tensor))
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        seen.update({name: (value.device.type, value.dtype) for name, value in tensors.items()})
         return SimpleNamespace(pooler_output=torch.ones(1, 24))
 
-    model = DiffCLIPModel(tiny_config(text=TEXT))
+    model = DiffCLIPModel(tiny_config(text=TEXT)).to(torch.bfloat16)
     monkeypatch.setattr(DiffCLIPModel, "device", torch.device("meta"))
     monkeypatch.setattr(model, "get_text_features", features)
     monkeypatch.setattr(model, "get_image_features", features)
     ZeroShotClassifier(model, processor, ["cat"]).logits(images[0])
-    assert seen == ["meta"] * 3
+    assert seen == {
+        "input_ids": ("meta", torch.int64),
+        "attention_mask": ("meta", torch.int64),
+        "pixel_values": ("meta", torch.bfloat16),
+    }
 
 
 def test_a_model_with_tuples_for_outputs(processor, images, expected):
