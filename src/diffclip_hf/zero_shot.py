@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 DEFAULT_IMAGE_COLUMN = "image"
-# ViT-B/16 on two cores of an AMD EPYC takes 0.42 s an image in batches of 8, and 0.49 s in batches of 32.
+# A thread of an AMD EPYC takes 0.42 s for an image at ViT-B/16 in batches of 8, and 0.49 s in batches of 32.
 CPU_BATCH_SIZE = 8
 BATCH_SIZE = 64
 
