@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -93,16 +94,14 @@ def folder(tmp_path_factory, images) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def stock(model, processor, images):
-    """Return the pipeline's answers under a template."""
-    pipe = pipeline(
+def stock_pipeline(model, processor):
+    """Return Transformers' pipeline."""
+    return pipeline(
         "zero-shot-image-classification",
         model=model,
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
     )
-    return lambda template: pipe(images, candidate_labels=LABELS, hypothesis_template=template)
 
 
 @pytest.fixture(scope="module")
@@ -131,31 +130,30 @@ def test_the_templates_are_the_notebooks():
 
 
 @pytest.mark.parametrize("template", ["This is a photo of {}.", "{}", "itap of a {}."])
-def test_scores_equal_the_pipelines(model, processor, images, stock, template):
-    classifier = ZeroShotClassifier(model, processor, LABELS, template)
-    assert_equal(classifier(images), stock(template))
+def test_scores_equal_the_pipelines(model, processor, images, template):
+    expected = stock_pipeline(model, processor)(images, candidate_labels=LABELS, hypothesis_template=template)
+    assert_equal(ZeroShotClassifier(model, processor, LABELS, template)(images), expected)
 
 
 def test_the_default_template_is_the_pipelines(model, processor, images):
-    pipe = pipeline(
-        "zero-shot-image-classification",
-        model=model,
-        image_processor=processor.image_processor,
-        tokenizer=processor.tokenizer,
-    )
+    pipe = stock_pipeline(model, processor)
     found = ZeroShotClassifier(model, processor, LABELS)(images[0])
     assert_equal([found], [pipe(images[0], candidate_labels=LABELS)])
 
 
 def test_another_clip_equals_the_pipeline(images):
     model, processor = clip()
-    pipe = pipeline(
-        "zero-shot-image-classification",
-        model=model,
-        image_processor=processor.image_processor,
-        tokenizer=processor.tokenizer,
-    )
+    pipe = stock_pipeline(model, processor)
     assert_equal(ZeroShotClassifier(model, processor, LABELS)(images), pipe(images, candidate_labels=LABELS))
+
+
+def test_a_turned_photograph_is_put_upright(images):
+    """By its EXIF orientation, which CLIP's own image processor leaves out and the pipeline doesn't."""
+    model, processor = clip()
+    turned = images[0].copy()
+    turned.getexif()[0x0112] = 6
+    found = ZeroShotClassifier(model, processor, LABELS)(turned)
+    assert_equal([found], [stock_pipeline(model, processor)(turned, candidate_labels=LABELS)])
 
 
 def test_several_templates_are_averaged_as_slip_does(model, processor):
@@ -343,21 +341,25 @@ def test_device(processor, images, expected):
     torch.testing.assert_close(classifier.logits(images), expected, atol=1e-4, rtol=0)
 
 
-def test_inputs_go_to_the_models_device(processor, images):
-    """On the meta device, which keeps no values and refuses tensors of another."""
-    model = DiffCLIPModel(tiny_config(text=TEXT)).to("meta")
-    classifier = ZeroShotClassifier.__new__(ZeroShotClassifier)
-    calls = []
+def test_inputs_go_to_the_models_device_and_dtype(processor, images, monkeypatch):
+    """To the meta device, which every machine has; it holds no values, so that the towers stand aside."""
+    seen = {}
 
-    def features(pixel_values, return_dict):
-        calls.append(pixel_values.device.type)
-        raise InterruptedError
+    def features(**inputs):
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        seen.update({name: (value.device.type, value.dtype) for name, value in tensors.items()})
+        return SimpleNamespace(pooler_output=torch.ones(1, 24))
 
-    model.get_image_features = features
-    classifier.model = model
-    with pytest.raises(InterruptedError):
-        classifier._image_logits(torch.zeros(1, 3, SIDE, SIDE))
-    assert calls == ["meta"]
+    model = DiffCLIPModel(tiny_config(text=TEXT)).to(torch.bfloat16)
+    monkeypatch.setattr(DiffCLIPModel, "device", torch.device("meta"))
+    monkeypatch.setattr(model, "get_text_features", features)
+    monkeypatch.setattr(model, "get_image_features", features)
+    ZeroShotClassifier(model, processor, ["cat"]).logits(images[0])
+    assert seen == {
+        "input_ids": ("meta", torch.int64),
+        "attention_mask": ("meta", torch.int64),
+        "pixel_values": ("meta", torch.bfloat16),
+    }
 
 
 def test_a_model_with_tuples_for_outputs(processor, images, expected):
