@@ -22,6 +22,7 @@ ARROWS = {
     "image_processing_diffclip": {"image_processing_pil_diffclip"},
     "processing_diffclip": {"image_processing_diffclip", "image_processing_pil_diffclip"},
     "remote_code": set(),
+    "export_onnx": {"configuration_diffclip", "modeling_diffclip", "remote_code"},
     "version": set(),
     "zero_shot": {"image_processing_pil_diffclip"},
     "zero_shot_templates": set(),

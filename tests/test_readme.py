@@ -15,7 +15,8 @@ from parity_models import FIXTURES
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
+PYTHON = [code for language, code in BLOCKS if language == "python" and "onnx" not in code]
+ONNX = [code for _, code in BLOCKS if "onnx" in code]
 CONVERSION = [code for language, code in BLOCKS if language == "bash" and "conversion/" in code]
 SOURCE = "hammh0a/DiffCLIP_ViTB16_CC12M"
 
@@ -44,6 +45,7 @@ def test_the_speed_table_is_the_measured_one():
 def test_there_are_snippets():
     assert len(PYTHON) == 5
     assert len(CONVERSION) == 2
+    assert len(ONNX) == 2
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -57,6 +59,14 @@ def test_conversion_snippet(clone):
     assert command.startswith("python ")
     run([sys.executable, *command.split()[1:]], clone)
     assert (clone / "diffclip-vitb16" / "model.safetensors").is_file()
+
+
+def test_onnx_snippets(clone):
+    command = ONNX[0].splitlines()[1].split()
+    assert command[0] == "python"
+    run([sys.executable, *command[1:]], clone)
+    similarities = [float(number) for number in re.findall(r"[-\d.]+", run([sys.executable, "-c", ONNX[1]], clone))]
+    assert similarities[0] > similarities[1], "a pizza is more like 'pizza' than like 'rocket'"
 
 
 def test_from_the_hub_and_back(clone, tmp_path):

@@ -1,0 +1,545 @@
+"""Export a model's two towers to ONNX, checked in ONNX Runtime, and an int8 version of each.
+
+python -m diffclip_hf.export_onnx DIR OUT
+
+DIR is a saved model's folder or its id on the Hub. OUT, which must be new or empty, gets
+
+    vision_model.onnx  text_model.onnx                        float32
+    vision_model_quantized.onnx  text_model_quantized.onnx    int8 weights, named as by optimum and transformers.js
+    export_report.json                                        errors, similarity, sizes and times
+    config.json, what DIR has of a processor, and the code that loads both where this package isn't installed
+
+The inputs are `pixel_values` (batch, channels, image_size, image_size), float32, and `input_ids` and `attention_mask`
+(batch, sequence), int64; left padding works as in PyTorch. The outputs, `image_embeds` and `text_embeds` (batch,
+projection_dim), are those of `DiffCLIPVisionModelWithProjection` and `DiffCLIPTextModelWithProjection`: projected, not
+normalised. A graph can't raise: a text without an end-of-text token gives the embedding of its first position.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import cached_file
+
+from .configuration_diffclip import DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .modeling_diffclip import DiffCLIPModel
+from .remote_code import add_remote_code
+
+
+logger = logging.getLogger("export_onnx")
+
+# Of the largest magnitude of the embeddings. A correct graph departs by some 1e-6.
+MAX_ERROR = 1e-4
+MIN_COSINE = 0.99
+BATCHES = (1, 3)
+LENGTHS = (7, 77)
+TIMED_BATCHES = (1, 8)
+OPSETS = range(18, 24)
+DEFAULT_OPSET = 20
+# What one protobuf file may hold, less some room for the graph itself.
+MAX_BYTES = 2**31 - 2**24
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+REPORT_FILE = "export_report.json"
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+Inputs = dict[str, torch.Tensor]
+# What computes embeddings, (batch, projection_dim), in PyTorch or ONNX Runtime.
+Runner = Callable[[Inputs], np.ndarray]
+
+
+class ExportError(Exception):
+    """The export can't be done, or a check of it failed."""
+
+
+class VisionTower(nn.Module):
+    """The image tower with its projection, as one function of tensors."""
+
+    def __init__(self, model: DiffCLIPModel):
+        super().__init__()
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return (batch, projection_dim), not normalised, of (batch, channels, image_size, image_size)."""
+        return self.visual_projection(self.vision_model(pixel_values, return_dict=True).pooler_output)
+
+
+class TextTower(nn.Module):
+    """The text tower with its projection, as one function of tensors."""
+
+    def __init__(self, model: DiffCLIPModel):
+        super().__init__()
+        self.text_model, self.text_projection = model.text_model, model.text_projection
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return (batch, projection_dim), not normalised, of token ids and their mask, (batch, tokens), int64."""
+        return self.text_projection(self.text_model(input_ids, attention_mask, return_dict=True).pooler_output)
+
+
+def image_inputs(config: DiffCLIPVisionConfig, batch: int, seed: int = 0, smooth: bool = False) -> Inputs:
+    """Return random images, float32 with standard deviation near 1, as an image processor's are.
+
+    Args:
+        config: The image tower's.
+        batch: How many images.
+        seed: Of the random numbers.
+        smooth: Whether neighbouring pixels are alike, as in pictures; otherwise every pixel is noise of its own.
+
+    Returns:
+        `pixel_values`, (batch, channels, image_size, image_size).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    side = config.image_size
+    if not smooth:
+        return {"pixel_values": torch.randn(batch, config.num_channels, side, side, generator=generator)}
+    coarse = torch.randn(batch, config.num_channels, 5, 5, generator=generator)
+    return {"pixel_values": nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")}
+
+
+def text_inputs(config: DiffCLIPTextConfig, batch: int, length: int, padding: str = "right", seed: int = 0) -> Inputs:
+    """Return random texts, the first of `length` tokens and each other one shorter by one, padded on one side.
+
+    Args:
+        config: The text tower's.
+        batch: How many texts.
+        length: Tokens a row, 3 or more.
+        padding: `"right"` or `"left"`.
+        seed: Of the random numbers.
+
+    Returns:
+        `input_ids` and `attention_mask`, (batch, length), int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    special = {config.bos_token_id, config.pad_token_id}
+    special |= set(config.eos_token_id) if isinstance(config.eos_token_id, list) else {eos}
+    words = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    pad = 0 if config.pad_token_id is None else config.pad_token_id
+    input_ids = torch.full((batch, length), pad)
+    attention_mask = torch.zeros(batch, length, dtype=torch.long)
+    for row in range(batch):
+        tokens = max(length - row, 3)
+        place = slice(0, tokens) if padding == "right" else slice(length - tokens, length)
+        text = words[torch.randint(len(words), (tokens,), generator=generator)]
+        if config.bos_token_id is not None:
+            text[0] = config.bos_token_id
+        text[-1] = eos
+        input_ids[row, place] = text
+        attention_mask[row, place] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower, and with what it is exported and checked.
+
+    Args:
+        name: Of its files, without ".onnx".
+        module: Of the model in float32, in evaluation mode, under eager attention.
+        output: Name of the graph's output.
+        dynamic_shapes: Input → dimension → name of what may vary.
+        checks: Name of a check → inputs, at every batch and length that the graph has to serve.
+        samples: Inputs for the similarity of int8 to float32.
+        timed: Batch → inputs of full length.
+    """
+
+    name: str
+    module: nn.Module
+    output: str
+    dynamic_shapes: dict[str, dict[int, Any]]
+    checks: dict[str, Inputs]
+    samples: list[Inputs]
+    timed: dict[int, Inputs]
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        """Return PyTorch's embeddings, (batch, projection_dim)."""
+        return self.module(**inputs).numpy()
+
+
+def towers_of(model: DiffCLIPModel) -> list[Tower]:
+    """Return a model's two towers."""
+    vision, text = model.vision_model.config, model.text_model.config
+    context = text.max_position_embeddings
+    # The two names are the same dimensions in both inputs of the text tower.
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=context)
+    lengths = sorted({min(length, context) for length in LENGTHS})
+    return [
+        Tower(
+            name="vision_model",
+            module=VisionTower(model),
+            output="image_embeds",
+            dynamic_shapes={"pixel_values": {0: batch}},
+            checks={f"batch {size}": image_inputs(vision, size) for size in BATCHES},
+            samples=[image_inputs(vision, 8, seed=1), image_inputs(vision, 8, seed=2, smooth=True)],
+            timed={size: image_inputs(vision, size, seed=3) for size in TIMED_BATCHES},
+        ),
+        Tower(
+            name="text_model",
+            module=TextTower(model),
+            output="text_embeds",
+            dynamic_shapes={name: {0: batch, 1: sequence} for name in ("input_ids", "attention_mask")},
+            checks={
+                f"batch {size}, length {length}, {side} padding": text_inputs(text, size, length, side)
+                for size in BATCHES
+                for length in lengths
+                for side in ("right", "left")
+            },
+            samples=[text_inputs(text, 16, length, seed=1) for length in lengths],
+            timed={size: text_inputs(text, size, context, seed=2) for size in TIMED_BATCHES},
+        ),
+    ]
+
+
+def export_tower(tower: Tower, path: Path, opset: int = DEFAULT_OPSET) -> None:
+    """Write a tower as one ONNX file, its weights in it, λ folded to a constant and no path of this machine in it.
+
+    Args:
+        tower: What `towers_of` returned.
+        path: Of the file.
+        opset: Of ONNX's operators.
+
+    Raises:
+        ExportError: The tower is too large for one file.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    size = sum(tensor.nbytes for tensor in tower.module.state_dict().values())
+    if size > MAX_BYTES:
+        raise ExportError(f"{tower.name} has {size} bytes of weights; one ONNX file holds at most {MAX_BYTES}.")
+    # Of another batch and length than what is checked. Not of 1, which torch.export would take for a constant.
+    inputs = {name: tensor[:2] for name, tensor in next(reversed(tower.checks.values())).items()}
+    with warnings.catch_warnings(), torch.no_grad():
+        # Transformers' recording of hidden states sets a context variable, to what it was.
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
+        # input_ids and attention_mask share their dimensions' names, as they should.
+        warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
+        # Strict, since without Dynamo the text tower's `len(input_ids)` is a constant.
+        program = torch.export.export(
+            tower.module, (), kwargs=inputs, dynamic_shapes=tower.dynamic_shapes, strict=True
+        )
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=tower.dynamic_shapes,
+            input_names=list(inputs),
+            output_names=[tower.output],
+            verbose=False,
+        )
+    assert onnx_program is not None
+    # Each node has a stack trace, with the paths of the code that made it.
+    ClearMetadataAndDocStringPass()(onnx_program.model)
+    onnx_program.save(path, external_data=False)
+
+
+def quantize_tower(path: Path, quantized: Path) -> None:
+    """Write the int8 version of a graph: weights of the matrix products, per channel; activations at run time.
+
+    The patch convolution, the embedding tables and the first block's query and key stay float32. Weights have 7 bits:
+    with 8, a processor without VNNI overflows the 16-bit sums of two products.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = quantized.with_suffix(".prepared")
+    # onnx's shape inference alone: ONNX Runtime optimises the graph when it loads it.
+    quant_pre_process(path, prepared, skip_optimization=True, skip_symbolic_shape=True)
+    graph = onnx.load(prepared).graph
+    weights = {weight.name for weight in graph.initializer}
+    products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    quantize_dynamic(
+        prepared,
+        quantized,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        # In the order of the graph, the first are the first block's query and key. Where A1·v and λ·A2·v nearly
+        # cancel, the RMSNorm behind them magnifies an error of the maps: of the embedded model's texts of three tokens
+        # some fall to a similarity of 0.986 with int8 here, and to 0.998 without.
+        nodes_to_exclude=products[:2],
+        per_channel=True,
+        reduce_range=True,
+        weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    prepared.unlink()
+
+
+def open_graph(path: Path) -> Runner:
+    """Return a function that runs a graph on the CPU, with as many threads as PyTorch's: inputs → its one output."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin after a run would slow what is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+
+
+def check_tower(tower: Tower, graph: Runner) -> dict[str, float]:
+    """Compare a graph with PyTorch at every batch, length and padding.
+
+    Args:
+        tower: What `towers_of` returned.
+        graph: What `open_graph` returned.
+
+    Returns:
+        Check → the largest absolute difference over the largest magnitude expected.
+
+    Raises:
+        ExportError: An error is over `MAX_ERROR`, or NaN.
+    """
+    errors = {}
+    for name, inputs in tower.checks.items():
+        expected, found = tower(inputs), graph(inputs)
+        if found.shape != expected.shape:
+            raise ExportError(f"{tower.name}, {name}: the shape is {found.shape}; PyTorch's is {expected.shape}.")
+        errors[name] = float(np.abs(found - expected).max() / np.abs(expected).max())
+        # Not `>`, which NaN passes.
+        if not errors[name] <= MAX_ERROR:
+            raise ExportError(
+                f"{tower.name}, {name}: the error is {errors[name]:.1e} of the largest magnitude; it must be at most "
+                f"{MAX_ERROR}."
+            )
+    return errors
+
+
+def check_quantized(tower: Tower, graph: Runner, quantized: Runner) -> dict[str, float]:
+    """Compare the embeddings of the int8 graph with the float32 graph's.
+
+    Args:
+        tower: What `towers_of` returned.
+        graph, quantized: What `open_graph` returned for each file.
+
+    Returns:
+        `inputs`, how many were compared, and the `min` and `mean` of their cosine similarities.
+
+    Raises:
+        ExportError: The least similarity is under `MIN_COSINE`, or NaN.
+    """
+    cosines = []
+    for inputs in tower.samples:
+        expected, found = (torch.from_numpy(run(inputs)).double() for run in (graph, quantized))
+        cosines.append(torch.cosine_similarity(expected, found, dim=-1))
+    cosine = torch.cat(cosines)
+    least = cosine.min().item()
+    if not least >= MIN_COSINE:
+        raise ExportError(
+            f"{tower.name}, int8: the least cosine similarity to float32 is {least:.4f}; it must be at least "
+            f"{MIN_COSINE}. Pass --no-int8 to export float32 alone."
+        )
+    return {"inputs": len(cosine), "min": least, "mean": cosine.mean().item()}
+
+
+def median_seconds(runners: dict[str, Runner], inputs: Inputs, runs: int) -> dict[str, float]:
+    """Return each runner's median time in seconds, over runs that take turns, after one that isn't counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(runs + 1):
+        for name, runner in runners.items():
+            start = time.perf_counter()
+            runner(inputs)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the times depend on: the processor, its cores, the threads used, and versions."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", *PACKAGES)},
+    }
+
+
+def export_checked(tower: Tower, folder: Path, opset: int, int8: bool, runs: int) -> dict[str, Any]:
+    """Write a tower's files into a folder and measure them there.
+
+    Returns:
+        For the report: `errors` as of `check_tower`; `cosine` as of `check_quantized`; `seconds`, batch → runner →
+        median time; and `bytes`, file → size.
+
+    Raises:
+        ExportError: As `export_tower`, `check_tower` and `check_quantized` raise.
+    """
+    paths = {"float32": folder / f"{tower.name}.onnx"}
+    logger.info("Exporting %s.", tower.name)
+    export_tower(tower, paths["float32"], opset)
+    runners: dict[str, Runner] = {"pytorch_eager": tower, "float32": open_graph(paths["float32"])}
+    measured: dict[str, Any] = {"errors": check_tower(tower, runners["float32"])}
+    logger.info("%s: the largest error is %.1e of %s.", tower.name, max(measured["errors"].values()), MAX_ERROR)
+    if int8:
+        paths["int8"] = folder / f"{tower.name}_quantized.onnx"
+        quantize_tower(paths["float32"], paths["int8"])
+        runners["int8"] = open_graph(paths["int8"])
+        measured["cosine"] = check_quantized(tower, runners["float32"], runners["int8"])
+        logger.info("%s: the least cosine of int8 to float32 is %.4f.", tower.name, measured["cosine"]["min"])
+    if runs:
+        logger.info("Timing %s.", tower.name)
+        measured["seconds"] = {
+            f"batch {size}": median_seconds(runners, inputs, runs) for size, inputs in tower.timed.items()
+        }
+    measured["bytes"] = {path.name: path.stat().st_size for path in paths.values()}
+    return measured
+
+
+def copy_processor(source: str, folder: Path) -> None:
+    """Copy what a model's folder or repository has of image processor and tokenizer."""
+    # A path that is there stays as it is; the Hub's files come from its cache or are fetched.
+    found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
+    for path in filter(None, found):
+        shutil.copyfile(path, folder / Path(path).name)
+    if not any(found):
+        logger.warning("%s has neither an image processor nor a tokenizer: none is written.", source)
+
+
+def load_model(source: str) -> DiffCLIPModel:
+    """Return a model in float32, in evaluation mode, under eager attention, whatever it was saved as.
+
+    Eager, since its graph has one product with v for each pair of heads, and runs faster than SDPA's, which has two.
+
+    Raises:
+        ExportError: There is no such model.
+    """
+    try:
+        return DiffCLIPModel.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{source} can't be loaded: {error}") from error
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Give a folder beside `folder`, renamed to it at the end; an error removes it.
+
+    Raises:
+        ExportError: `folder` exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists and is not an empty folder; name a new one.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield beside
+        # mkdtemp makes it for its owner alone.
+        beside.chmod(0o755)
+        for file in beside.iterdir():
+            file.chmod(0o644)
+        if folder.is_dir():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def export_onnx(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    opset: int = DEFAULT_OPSET,
+    int8: bool = True,
+    runs: int = 5,
+) -> dict[str, Any]:
+    """Export a saved model's towers into a folder, which is written only if every check passes.
+
+    Args:
+        source: The model's folder or its id on the Hub.
+        folder: New or empty.
+        opset: Of ONNX's operators, one of `OPSETS`.
+        int8: Whether to write the int8 versions too.
+        runs: How many runs are timed; 0 for none.
+
+    Returns:
+        What `export_report.json` holds.
+
+    Raises:
+        ExportError: A package is missing, the model or the folder isn't as it must be, or a check failed.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"{', '.join(missing)} can't be imported; pip install 'diffclip-hf[onnx]'.")
+    source = os.fspath(source)
+    with written_whole(Path(folder)) as beside:
+        model = load_model(source)
+        report = {
+            "source": Path(source).resolve().name if Path(source).is_dir() else source,
+            "opset": opset,
+            "max_error": MAX_ERROR,
+            "min_cosine": MIN_COSINE,
+            **{tower.name: export_checked(tower, beside, opset, int8, runs) for tower in towers_of(model)},
+            "runs": runs,
+            "machine": describe_machine(),
+        }
+        model.config.save_pretrained(beside)
+        copy_processor(source, beside)
+        # Else an `auto_map` of the source's would name files that aren't here.
+        add_remote_code(beside)
+        (beside / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    logger.info("Wrote %s.", folder)
+    return report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffclip_hf.export_onnx",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="DIR", help="a saved model's folder, or its id on the Hub")
+    parser.add_argument("folder", metavar="OUT", help="a folder that is new or empty")
+    parser.add_argument(
+        "--opset", type=int, default=DEFAULT_OPSET, choices=OPSETS, help="of ONNX (default: %(default)s)"
+    )
+    parser.add_argument("--no-int8", dest="int8", action="store_false", help="write float32 alone")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="to time (default: %(default)s; 0: none)")
+    args = parser.parse_args(argv)
+    if args.runs < 0:
+        parser.error(f"--runs is {args.runs}; it must be 0 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 1, with the reason on the log, where it can't be done or a check failed."""
+    # The exporter and the quantiser tell of every node at the level INFO.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logger.setLevel(logging.INFO)
+    args = parse_args(argv)
+    try:
+        export_onnx(args.source, args.folder, args.opset, args.int8, args.runs)
+    except ExportError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
