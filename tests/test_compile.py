@@ -33,6 +33,8 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+# torch 2.13's inductor, of its own code.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("attention_type", "implementation", "backend"),
     [
