@@ -238,6 +238,8 @@ def export_tower(tower: Tower, path: Path, opset: int = DEFAULT_OPSET) -> None:
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
         # input_ids and attention_mask share their dimensions' names, as they should.
         warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
+        # torch 2.13's own, fixed in 2.14.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         # Strict, since without Dynamo the text tower's `len(input_ids)` is a constant.
         program = torch.export.export(
             tower.module, (), kwargs=inputs, dynamic_shapes=tower.dynamic_shapes, strict=True
@@ -270,11 +272,14 @@ def quantize_tower(path: Path, quantized: Path) -> None:
     prepared = quantized.with_suffix(".prepared")
     # onnx's shape inference alone: ONNX Runtime optimises the graph when it loads it.
     quant_pre_process(path, prepared, skip_optimization=True, skip_symbolic_shape=True)
-    graph = onnx.load(prepared).graph
-    weights = {weight.name for weight in graph.initializer}
-    products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    model = onnx.load(prepared)
+    prepared.unlink()
+    # Of the products that it transposes, ONNX Runtime 1.23 would take the old shapes to be contradictions.
+    del model.graph.value_info[:]
+    weights = {weight.name for weight in model.graph.initializer}
+    products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
     quantize_dynamic(
-        prepared,
+        model,
         quantized,
         op_types_to_quantize=["MatMul", "Gemm"],
         # In the order of the graph, the first are the first block's query and key. Where A1·v and λ·A2·v nearly
@@ -286,7 +291,6 @@ def quantize_tower(path: Path, quantized: Path) -> None:
         weight_type=QuantType.QInt8,
         extra_options={"MatMulConstBOnly": True},
     )
-    prepared.unlink()
 
 
 def open_graph(path: Path) -> Runner:
