@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnx
 import pytest
 import torch
 from hub_client import picture, save_tiny
+from hub_server import HubServer
 from parity_models import golden, parity_model
 from tiny import CONTEXT, tiny_inputs, tiny_model
 from tolerances import ONNX_AGAINST_PYTORCH, PADDING, PARITY_WITH_ORIGINAL, relative_error
@@ -177,6 +180,27 @@ def test_the_folder_has_its_processor(tmp_path):
     given = {"text": ["a b", "c"], "images": picture(), "padding": True, "return_tensors": "pt"}
     for name, tensor in expected(**given).items():
         assert torch.equal(processor(**given)[name], tensor)
+
+
+def test_a_model_of_the_hub(tmp_path):
+    """What is read of a repository on loopback, in a process of its own, which isn't offline."""
+    save_tiny(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    code = """
+from pathlib import Path
+from diffclip_hf import export_onnx
+export_onnx.load_model("org/tiny")
+export_onnx.copy_processor("org/tiny", Path("out"))
+"""
+    with HubServer(tmp_path / "server") as hub:
+        hub.add("org/tiny", tmp_path / "model")
+        environment = hub.environment(tmp_path / "home")
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert copied.keys() == {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert all((tmp_path / "model" / name).read_bytes() == content for name, content in copied.items())
 
 
 def test_a_model_in_half_precision_is_loaded_in_float32(tmp_path):
