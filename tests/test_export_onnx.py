@@ -2,14 +2,19 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hub_client import picture, save_tiny
+from hub_server import HubServer
 from parity_models import golden, parity_model
-from tiny import CONTEXT, tiny_config, tiny_inputs, tiny_model
+from tiny import CONTEXT, tiny_inputs, tiny_model
 from tolerances import ONNX_AGAINST_PYTORCH, PADDING, PARITY_WITH_ORIGINAL, relative_error
 from transformers import AutoProcessor
 
@@ -17,7 +22,6 @@ from diffclip_hf import DiffCLIPModel, export_onnx
 from diffclip_hf.remote_code import CODE_FILES
 
 
-onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 NAMES = ("vision_model", "text_model")
 
 
@@ -178,6 +182,27 @@ def test_the_folder_has_its_processor(tmp_path):
         assert torch.equal(processor(**given)[name], tensor)
 
 
+def test_a_model_of_the_hub(tmp_path):
+    """What is read of a repository on loopback, in a process of its own, which isn't offline."""
+    save_tiny(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    code = """
+from pathlib import Path
+from diffclip_hf import export_onnx
+export_onnx.load_model("org/tiny")
+export_onnx.copy_processor("org/tiny", Path("out"))
+"""
+    with HubServer(tmp_path / "server") as hub:
+        hub.add("org/tiny", tmp_path / "model")
+        environment = hub.environment(tmp_path / "home")
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert copied.keys() == {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert all((tmp_path / "model" / name).read_bytes() == content for name, content in copied.items())
+
+
 def test_a_model_in_half_precision_is_loaded_in_float32(tmp_path):
     tiny_model().half().save_pretrained(tmp_path)
     model = export_onnx.load_model(str(tmp_path))
@@ -185,11 +210,13 @@ def test_a_model_in_half_precision_is_loaded_in_float32(tmp_path):
     assert not model.training
 
 
-def small(folder: Path) -> Path:
-    """Save a model of a layer a tower."""
-    layer = {"num_hidden_layers": 1}
-    DiffCLIPModel(tiny_config(vision=layer, text=layer)).save_pretrained(folder / "model")
-    return folder / "model"
+@pytest.fixture
+def export_again(exported, monkeypatch) -> str:
+    """The model's folder, whose graphs need no second export."""
+    monkeypatch.setattr(
+        export_onnx, "export_tower", lambda tower, path, opset: shutil.copyfile(exported / path.name, path)
+    )
+    return str(exported.parent / "model")
 
 
 def failing(tmp_path: Path, caplog, *args: str, words: list[str]) -> None:
@@ -200,16 +227,24 @@ def failing(tmp_path: Path, caplog, *args: str, words: list[str]) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_wrong_graph_is_not_written(tmp_path, caplog, monkeypatch):
+def test_a_wrong_graph_is_not_written(export_again, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(export_onnx, "MAX_ERROR", 1e-12)
     words = ["vision_model, batch 1: the error is ", "at most 1e-12"]
-    failing(tmp_path, caplog, str(small(tmp_path)), str(tmp_path / "out"), words=words)
+    failing(tmp_path, caplog, export_again, str(tmp_path / "out"), words=words)
 
 
-def test_a_dissimilar_int8_graph_is_not_written(tmp_path, caplog, monkeypatch):
+def test_a_dissimilar_int8_graph_is_not_written(export_again, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(export_onnx, "MIN_COSINE", 1.5)
     words = ["vision_model, int8: the least cosine similarity to float32 is ", "at least 1.5", "--no-int8"]
-    failing(tmp_path, caplog, str(small(tmp_path)), str(tmp_path / "out"), words=words)
+    failing(tmp_path, caplog, export_again, str(tmp_path / "out"), words=words)
+
+
+def test_float32_alone(export_again, tmp_path):
+    assert export_onnx.main([export_again, str(tmp_path / "out"), "--no-int8", "--runs", "0"]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {f"{name}.onnx" for name in NAMES}
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert all(set(report[name]) == {"errors", "bytes"} for name in NAMES)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_nan_is_an_error(tmp_path):

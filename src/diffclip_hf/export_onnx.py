@@ -417,9 +417,15 @@ def export_checked(tower: Tower, folder: Path, opset: int, int8: bool, runs: int
 
 
 def copy_processor(source: str, folder: Path) -> None:
-    """Copy what a model's folder or repository has of image processor and tokenizer."""
-    # A path that is there stays as it is; the Hub's files come from its cache or are fetched.
-    found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
+    """Copy what a model's folder or repository has of image processor and tokenizer.
+
+    Raises:
+        ExportError: The Hub can't be reached.
+    """
+    try:
+        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
+    except OSError as error:
+        raise ExportError(f"The processor of {source} can't be loaded: {error}") from error
     for path in filter(None, found):
         shutil.copyfile(path, folder / Path(path).name)
     if not any(found):
@@ -493,6 +499,10 @@ def export_onnx(
     source = os.fspath(source)
     with written_whole(Path(folder)) as beside:
         model = load_model(source)
+        model.config.save_pretrained(beside)
+        copy_processor(source, beside)
+        # Else an `auto_map` of the source's would name files that aren't here.
+        add_remote_code(beside)
         report = {
             "source": Path(source).resolve().name if Path(source).is_dir() else source,
             "opset": opset,
@@ -502,10 +512,6 @@ def export_onnx(
             "runs": runs,
             "machine": describe_machine(),
         }
-        model.config.save_pretrained(beside)
-        copy_processor(source, beside)
-        # Else an `auto_map` of the source's would name files that aren't here.
-        add_remote_code(beside)
         (beside / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     logger.info("Wrote %s.", folder)
     return report
