@@ -21,28 +21,28 @@ def fits_one_block(query: torch.Tensor) -> bool:
     return batch_size * num_heads * length * length <= BLOCK_ENTRIES_PER_THREAD * torch.get_num_threads()
 
 
-def _blocks(query: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut attention into blocks of batch rows, pairs and query rows: whole batch rows, else pairs, else query rows."""
+def _blocks(
+    query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
+) -> Iterator[tuple[slice, slice, slice, slice, torch.Tensor | None]]:
+    """Cut attention into blocks of batch rows, pairs and query rows: whole batch rows, else pairs, else query rows.
+
+    Yields each block's batch rows, pairs, query rows, the keys that its queries can see, and its `score_bias`.
+    """
     batch_size, num_heads, length, _ = query.shape
     num_threads = torch.get_num_threads()
     entries = BLOCK_ENTRIES_PER_THREAD * num_threads
     batch = max(1, entries // (num_heads * length * length))
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
-    rows = max(LEAST_ROWS, entries // (2 * pairs * length))
+    row_count = max(LEAST_ROWS, entries // (2 * pairs * length))
     for batch_start in range(0, batch_size, batch):
         for pair_start in range(0, num_heads // 2, pairs):
-            for row_start in range(0, length, rows):
-                yield (
-                    slice(batch_start, batch_start + batch),
-                    slice(pair_start, pair_start + pairs),
-                    slice(row_start, min(length, row_start + rows)),
-                )
-
-
-def _key_length(attention_mask: torch.Tensor | None, is_causal: bool, rows: slice, length: int) -> int:
-    """Return how many keys a block's queries can see."""
-    return rows.stop if is_causal and attention_mask is None else length
+            for row_start in range(0, length, row_count):
+                batch_rows = slice(batch_start, batch_start + batch)
+                rows = slice(row_start, min(length, row_start + row_count))
+                keys = slice(rows.stop if is_causal and attention_mask is None else length)
+                bias = score_bias(attention_mask, is_causal, batch_rows, rows, query.dtype)
+                yield batch_rows, slice(pair_start, pair_start + pairs), rows, keys, bias
 
 
 def score_bias(
@@ -112,9 +112,7 @@ def blocked_differential_attention(
     first_key, second_key = key[:, 0::2], key[:, 1::2]
     weight = lambda_value.item()
     output = value.new_empty(value.transpose(1, 2).shape)
-    for batch, pairs, rows in _blocks(query):
-        keys = slice(_key_length(attention_mask, is_causal, rows, key.shape[2]))
-        bias = score_bias(attention_mask, is_causal, batch, rows, query.dtype)
+    for batch, pairs, rows, keys, bias in _blocks(query, attention_mask, is_causal):
         first = _map(first_query[batch, pairs, rows], first_key[batch, pairs, keys], bias, scaling)
         second = _map(second_query[batch, pairs, rows], second_key[batch, pairs, keys], bias, scaling)
         difference = first.sub_(second, alpha=weight)
@@ -146,9 +144,7 @@ def _backward(
     grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
     grad_key.zero_(), grad_value.zero_()
     grad_lambda = 0.0
-    for batch, pairs, rows in _blocks(query):
-        keys = slice(_key_length(attention_mask, is_causal, rows, key.shape[2]))
-        bias = score_bias(attention_mask, is_causal, batch, rows, query.dtype)
+    for batch, pairs, rows, keys, bias in _blocks(query, attention_mask, is_causal):
         grad = grad_output[batch, rows, pairs].transpose(1, 2)
         grad_map = torch.matmul(grad, value[batch, pairs, keys].transpose(-1, -2))
         maps = []
