@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from machine import machine
+from machine import machine, memory
 
 
 ROOT = Path(__file__).parent.parent
@@ -41,14 +41,6 @@ def write_checkpoint(path: Path, variant: str) -> int:
     args = argparse.Namespace(model=variant)
     torch.save({"epoch": 40, "state_dict": weights, "optimizer": optimizer, "best_acc1": 0.0, "args": args}, path)
     return sum(tensor.nbytes for tensor in weights.values())
-
-
-def memory() -> dict[str, int]:
-    """Return this process's memory in bytes, now and at its highest, as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    names = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
-    return {name: int(fields[name].split()[0]) * 1024 for name in names}
 
 
 def run_child(arguments: Sequence[str]) -> int:

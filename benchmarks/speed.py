@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from machine import machine, versions
+from machine import machine, memory, versions
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
@@ -127,8 +127,8 @@ def core_cases(device: str) -> Iterator[Case]:
     for batch, tokens, heads, width, causal in CORE_SHAPES:
         generator = torch.Generator().manual_seed(0)
 
-        def draw(width, batch=batch, tokens=tokens, heads=heads, generator=generator):
-            states = torch.randn(batch, tokens, heads * 64, generator=generator).to(device, dtype)
+        def draw(width, batch=batch, tokens=tokens, heads=heads, head_dim=width, generator=generator):
+            states = torch.randn(batch, tokens, heads * head_dim, generator=generator).to(device, dtype)
             return states.unflatten(-1, (-1, width)).transpose(1, 2)
 
         query, key, value = draw(width), draw(width), draw(2 * width)
@@ -329,11 +329,7 @@ def run_child(part: str, name: str, batch: str, device: str) -> None:
         run = tower_run(model, "image", inputs_of(model, int(batch), 224))
     for _ in range(3):
         run()
-    if device != "cpu":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        peak = int(fields["VmHWM"].split()[0]) * 1024
+    peak = memory()["VmHWM"] if device == "cpu" else torch.cuda.max_memory_allocated()
     sys.stdout.write(f"{peak}\n")
 
 
