@@ -234,16 +234,11 @@ def export_tower(tower: Tower, path: Path, opset: int = DEFAULT_OPSET) -> None:
     # Of another batch and length than what is checked. Not of 1, which torch.export would take for a constant.
     inputs = {name: tensor[:2] for name, tensor in next(reversed(tower.checks.values())).items()}
     with warnings.catch_warnings(), torch.no_grad():
-        # Transformers' recording of hidden states sets a context variable, to what it was.
-        warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
         # input_ids and attention_mask share their dimensions' names, as they should.
         warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
         # torch 2.13's own, fixed in 2.14.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        # Strict, since without Dynamo the text tower's `len(input_ids)` is a constant.
-        program = torch.export.export(
-            tower.module, (), kwargs=inputs, dynamic_shapes=tower.dynamic_shapes, strict=True
-        )
+        program = torch.export.export(tower.module, (), kwargs=inputs, dynamic_shapes=tower.dynamic_shapes)
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
