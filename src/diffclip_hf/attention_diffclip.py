@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .blocked_attention_diffclip import blocked_differential_attention, fits_one_block, score_bias
+from .blocked_attention_diffclip import blocked_differential_attention, blocked_forward, fits_one_block, score_bias
 
 
 # The name of the Triton kernels, `kernels_diffclip`, which differential attention modules call themselves. What is
@@ -208,11 +208,14 @@ def differential_attention_forward(
         and one_mask
     ):
         is_causal = bool(module.is_causal)
+        arguments = (query, key, value, attention_mask, lambda_value, scaling, is_causal)
         # While compiling always the operator, since a choice by size would compile anew at the crossover.
-        if torch.compiler.is_compiling() or not fits_one_block(query):
-            return blocked_differential_attention(
-                query, key, value, attention_mask, lambda_value, scaling, is_causal
-            ), None
+        if torch.compiler.is_compiling():
+            return blocked_differential_attention(*arguments), None
+        if not torch.is_grad_enabled():
+            return blocked_forward(*arguments), None
+        if not fits_one_block(query):
+            return blocked_differential_attention(*arguments), None
         everything = slice(0, query.shape[2])
         bias = score_bias(attention_mask, is_causal, slice(None), everything, query.dtype)
         output, _ = eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)

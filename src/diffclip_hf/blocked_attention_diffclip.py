@@ -23,26 +23,30 @@ def fits_one_block(query: torch.Tensor) -> bool:
 
 def _blocks(
     query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
-) -> Iterator[tuple[slice, slice, slice, slice, torch.Tensor | None]]:
+) -> Iterator[tuple[slice, slice, slice, slice, slice, torch.Tensor | None]]:
     """Cut attention into blocks of batch rows, pairs and query rows: whole batch rows, else pairs, else query rows.
 
-    Yields each block's batch rows, pairs, query rows, the keys that its queries can see, and its `score_bias`.
+    Yields each block's batch rows, pairs, their heads, query rows, the keys that its queries can see, and its
+    `score_bias`.
     """
     batch_size, num_heads, length, _ = query.shape
     num_threads = torch.get_num_threads()
     entries = BLOCK_ENTRIES_PER_THREAD * num_threads
-    batch = max(1, entries // (num_heads * length * length))
+    # Half as many entries where batch rows are put together, since q, k and v are copied for it.
+    batch = max(1, entries // 2 // (num_heads * length * length))
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
     row_count = max(LEAST_ROWS, entries // (2 * pairs * length))
     for batch_start in range(0, batch_size, batch):
+        batch_rows = slice(batch_start, min(batch_size, batch_start + batch))
         for pair_start in range(0, num_heads // 2, pairs):
+            block_pairs = slice(pair_start, pair_start + pairs)
+            heads = slice(2 * pair_start, 2 * (pair_start + pairs))
             for row_start in range(0, length, row_count):
-                batch_rows = slice(batch_start, batch_start + batch)
                 rows = slice(row_start, min(length, row_start + row_count))
                 keys = slice(rows.stop if is_causal and attention_mask is None else length)
                 bias = score_bias(attention_mask, is_causal, batch_rows, rows, query.dtype)
-                yield batch_rows, slice(pair_start, pair_start + pairs), rows, keys, bias
+                yield batch_rows, block_pairs, heads, rows, keys, bias
 
 
 def score_bias(
@@ -72,12 +76,65 @@ def score_bias(
     return None
 
 
-def _map(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better."""
-    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
-    if bias is not None:
-        scores += bias
+def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better.
+
+    Args:
+        query, key: A block's, (batch, heads, tokens, head_dim).
+        bias: Broadcastable to (batch, heads, tokens, tokens), or None.
+        scaling: Factor on the scores.
+
+    Returns:
+        (batch · heads, tokens, tokens).
+    """
+    batch_size, num_heads = query.shape[:2]
+    if bias is not None and bias.ndim == 4:
+        bias = bias.expand(batch_size, num_heads, *bias.shape[2:]).flatten(0, 1)
+    beta = 0 if bias is None else 1
+    # The factor and the bias within the product: on a CPU each would be a pass over the scores.
+    scores = torch.baddbmm(
+        query.new_empty(1, 1, 1) if bias is None else bias,
+        query.flatten(0, 1),
+        key.flatten(0, 1).transpose(1, 2),
+        beta=beta,
+        alpha=scaling,
+    )
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def blocked_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Differential attention, (A1 − λ·A2)·v, block by block; equal to the eager formula.
+
+    Args:
+        query, key: (batch, num_heads, tokens, head_dim); heads 2i and 2i+1 make the two maps of pair i.
+        value: (batch, num_heads / 2, tokens, 2 · head_dim).
+        attention_mask: As in `score_bias`.
+        lambda_value: λ, without dimensions.
+        scaling: Factor on the scores.
+        is_causal: Whether a query attends to earlier tokens and itself alone, where there is no mask.
+
+    Returns:
+        (batch, tokens, num_heads / 2, 2 · head_dim), in the query's dtype; without gradients, which
+        `blocked_differential_attention` has.
+
+    Source: paper arXiv 2503.06626, section 3.
+    """
+    weight = lambda_value.item()
+    output = value.new_empty(value.transpose(1, 2).shape)
+    for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
+        maps = _maps(query[batch, heads, rows], key[batch, heads, keys], bias, scaling)
+        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
+        block = torch.bmm(difference, value[batch, pairs, keys].flatten(0, 1))
+        output[batch, rows, pairs] = block.unflatten(0, (batch.stop - batch.start, -1)).transpose(1, 2)
+    return output
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::differential_attention", mutates_args=(), device_types="cpu")
@@ -90,34 +147,12 @@ def blocked_differential_attention(
     scaling: float,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Differential attention, (A1 − λ·A2)·v, block by block, forward and backward; equal to the eager formula.
+    """`blocked_forward` with gradients, by blocks too; the arguments and the output are the same.
 
     An operator of PyTorch's, so that `torch.compile` calls it as it is, whatever the sizes. The maps are computed
     again in the backward pass: memory doesn't grow with tokens² beyond one block.
-
-    Args:
-        query, key: (batch, num_heads, tokens, head_dim); heads 2i and 2i+1 make the two maps of pair i.
-        value: (batch, num_heads / 2, tokens, 2 · head_dim).
-        attention_mask: As in `score_bias`.
-        lambda_value: λ, without dimensions.
-        scaling: Factor on the scores.
-        is_causal: Whether a query attends to earlier tokens and itself alone, where there is no mask.
-
-    Returns:
-        (batch, tokens, num_heads / 2, 2 · head_dim), in the query's dtype.
-
-    Source: paper arXiv 2503.06626, section 3.
     """
-    first_query, second_query = query[:, 0::2], query[:, 1::2]
-    first_key, second_key = key[:, 0::2], key[:, 1::2]
-    weight = lambda_value.item()
-    output = value.new_empty(value.transpose(1, 2).shape)
-    for batch, pairs, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        first = _map(first_query[batch, pairs, rows], first_key[batch, pairs, keys], bias, scaling)
-        second = _map(second_query[batch, pairs, rows], second_key[batch, pairs, keys], bias, scaling)
-        difference = first.sub_(second, alpha=weight)
-        output[batch, rows, pairs] = torch.matmul(difference, value[batch, pairs, keys]).transpose(1, 2)
-    return output
+    return blocked_forward(query, key, value, attention_mask, lambda_value, scaling, is_causal)
 
 
 @blocked_differential_attention.register_fake
@@ -144,22 +179,21 @@ def _backward(
     grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
     grad_key.zero_(), grad_value.zero_()
     grad_lambda = 0.0
-    for batch, pairs, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        grad = grad_output[batch, rows, pairs].transpose(1, 2)
-        grad_map = torch.matmul(grad, value[batch, pairs, keys].transpose(-1, -2))
-        maps = []
-        for head, factor in ((0, scaling), (1, -weight * scaling)):
-            block_query = query[:, head::2][batch, pairs, rows]
-            block_key = key[:, head::2][batch, pairs, keys]
-            maps.append(_map(block_query, block_key, bias, scaling))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_map, maps[-1], -1, grad_map.dtype)
-            grad_query[:, head::2][batch, pairs, rows] = torch.matmul(grad_scores, block_key).mul_(factor)
-            grad_key[:, head::2][batch, pairs, keys].add_(
-                torch.matmul(grad_scores.transpose(-1, -2), block_query), alpha=factor
-            )
-        grad_lambda -= torch.linalg.vecdot(maps[1], grad_map).sum(dtype=torch.float64).item()
-        difference = maps[0].sub_(maps[1], alpha=weight)
-        grad_value[batch, pairs, keys] += torch.matmul(difference.transpose(-1, -2), grad)
+    for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
+        shape = (batch.stop - batch.start, -1)
+        block_query, block_key = query[batch, heads, rows], key[batch, heads, keys]
+        grad = grad_output[batch, rows, pairs].transpose(1, 2).flatten(0, 1)
+        maps = _maps(block_query, block_key, bias, scaling)
+        grad_difference = torch.bmm(grad, value[batch, pairs, keys].flatten(0, 1).transpose(1, 2))
+        grad_lambda -= torch.linalg.vecdot(maps[1::2], grad_difference).sum(dtype=torch.float64).item()
+        grad_maps = torch.stack([grad_difference, grad_difference * -weight], dim=1).flatten(0, 1)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_maps, maps, -1, grad_maps.dtype)
+        block = torch.bmm(grad_scores, block_key.flatten(0, 1)).mul_(scaling)
+        grad_query[batch, heads, rows] = block.unflatten(0, shape)
+        block = torch.bmm(grad_scores.transpose(1, 2), block_query.flatten(0, 1))
+        grad_key[batch, heads, keys].add_(block.unflatten(0, shape), alpha=scaling)
+        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
+        grad_value[batch, pairs, keys] += torch.bmm(difference.transpose(1, 2), grad).unflatten(0, shape)
     return grad_query, grad_key, grad_value, lambda_value.new_tensor(grad_lambda)
 
 
