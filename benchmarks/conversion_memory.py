@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from machine import machine, memory
+from memory import memory
+
+from diffclip_hf.machine import describe_machine
 
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +78,7 @@ def measure(variant: str) -> dict:
         "limit": LIMIT,
         "gate_largest_error": report["gate"]["largest_error"],
         "gate_inputs": list(report["gate"]["errors"]),
-        "machine": machine(),
+        "machine": describe_machine(),
         "versions": report["versions"],
     }
 

@@ -28,13 +28,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from machine import machine, memory, versions
+from memory import memory
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
 from diffclip_hf.attention_diffclip import differential_attention_forward
+from diffclip_hf.machine import describe_machine, describe_versions
 
 
 logger = logging.getLogger("speed")
@@ -537,7 +538,7 @@ def main() -> None:
         results += memory_results(args.device, [("forward", 8), *(("training", batch) for batch in training_batches)])
     results.sort(key=lambda result: [*PARTS, "memory"].index(result["part"]))
     dtype = "float32" if on_cpu else "bfloat16"
-    described = {"machine": machine(), "versions": versions(), "dtype": dtype, "results": results}
+    described = {"machine": describe_machine(), "versions": describe_versions(), "dtype": dtype, "results": results}
     output.write_text(json.dumps(described, indent=2) + "\n")
     output.with_suffix(".md").write_text(f"{summary(described)}\n{table(results)}")
     plot(results, output.parent, output.stem)

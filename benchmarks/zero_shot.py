@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from machine import machine, versions
 from PIL import Image
+
+from diffclip_hf.machine import describe_machine, describe_versions
 
 
 ROOT = Path(__file__).parent.parent
@@ -103,8 +104,8 @@ def measure(image_count: int, label_count: int, pipeline_images: int, runs: int)
         },
         "attention": model.config._attn_implementation,
         "dtype": "float32",
-        "machine": machine(),
-        "versions": versions(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
     }
 
 

@@ -13,9 +13,7 @@ import logging
 import math
 import platform
 import re
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +41,7 @@ from diffclip_hf import (
     add_remote_code,
 )
 from diffclip_hf.hub_cache_diffclip import sha256_of
+from diffclip_hf.whole_folder import check_new, written_whole
 
 
 logger = logging.getLogger("convert_original_checkpoint")
@@ -373,12 +372,10 @@ def resolve_source(args: argparse.Namespace) -> tuple[Path, str, dict[str, Any]]
 def convert(args: argparse.Namespace) -> None:
     """Convert as the command line says; a failure leaves nothing at `--output-dir`."""
     folder = Path(args.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConversionError(f"--output-dir {folder} exists and is not an empty folder; name a new one.")
+    # Before a download, not only when the folder is made.
+    check_new(folder)
     path, variant, source = resolve_source(args)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with written_whole(folder) as beside:
         report = convert_checked(path, beside, args, variant)
         versions = {module.__name__: module.__version__ for module in (torch, transformers, safetensors, np)}
         versions |= {"diffclip_hf": diffclip_hf.__version__, "huggingface_hub": huggingface_hub.__version__}
@@ -390,16 +387,6 @@ def convert(args: argparse.Namespace) -> None:
         }
         content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         (beside / REPORT_FILE).write_text(content, encoding="utf-8")
-        # mkdtemp and safetensors write for their owner alone.
-        beside.chmod(0o755)
-        for file in beside.iterdir():
-            file.chmod(0o644)
-        if folder.is_dir():
-            folder.rmdir()
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     logger.info("Wrote %s: %s, %d parameters.", folder, report["variant"], report["parameters"]["total"])
 
 
@@ -444,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         convert(parse_args(argv))
-    except ConversionError as error:
+    except (ConversionError, FileExistsError) as error:
         logger.error("%s", error)
         return 1
     return 0

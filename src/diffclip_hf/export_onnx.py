@@ -16,20 +16,16 @@ normalised. A graph can't raise: a text without an end-of-text token gives the e
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
-import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +36,10 @@ from torch import nn
 from transformers.utils import cached_file
 
 from .configuration_diffclip import DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .machine import describe_machine, describe_versions
 from .modeling_diffclip import DiffCLIPModel
 from .remote_code import add_remote_code
+from .whole_folder import written_whole
 
 
 logger = logging.getLogger("export_onnx")
@@ -366,20 +364,6 @@ def median_seconds(runners: dict[str, Runner], inputs: Inputs, runs: int) -> dic
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return what the times depend on: the processor, its cores, the threads used, and versions."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", *PACKAGES)},
-    }
-
-
 def export_checked(tower: Tower, folder: Path, opset: int, int8: bool, runs: int) -> dict[str, Any]:
     """Write a tower's files into a folder and measure them there.
 
@@ -441,31 +425,6 @@ def load_model(source: str) -> DiffCLIPModel:
         raise ExportError(f"{source} can't be loaded: {error}") from error
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Give a folder beside `folder`, renamed to it at the end; an error removes it.
-
-    Raises:
-        ExportError: `folder` exists and is not an empty folder.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder} exists and is not an empty folder; name a new one.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        yield beside
-        # mkdtemp makes it for its owner alone.
-        beside.chmod(0o755)
-        for file in beside.iterdir():
-            file.chmod(0o644)
-        if folder.is_dir():
-            folder.rmdir()
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
 def export_onnx(
     source: str | os.PathLike,
     folder: str | os.PathLike,
@@ -486,7 +445,8 @@ def export_onnx(
         What `export_report.json` holds.
 
     Raises:
-        ExportError: A package is missing, the model or the folder isn't as it must be, or a check failed.
+        ExportError: A package is missing, the model isn't as it must be, or a check failed.
+        FileExistsError: `folder` exists and is not an empty folder.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -506,6 +466,7 @@ def export_onnx(
             **{tower.name: export_checked(tower, beside, opset, int8, runs) for tower in towers_of(model)},
             "runs": runs,
             "machine": describe_machine(),
+            "versions": describe_versions(*PACKAGES),
         }
         (beside / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     logger.info("Wrote %s.", folder)
@@ -540,7 +501,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         export_onnx(args.source, args.folder, args.opset, args.int8, args.runs)
-    except ExportError as error:
+    except (ExportError, FileExistsError) as error:
         logger.error("%s", error)
         return 1
     return 0

@@ -1,0 +1,40 @@
+"""Folders that appear whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_new(folder: Path) -> None:
+    """Raise a FileExistsError unless there is no such folder, or an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; name a new one.")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder`, renamed to it at the end; an error removes it.
+
+    Args:
+        folder: New or empty. Its files become readable by everyone.
+
+    Raises:
+        FileExistsError: `folder` exists and is not an empty folder.
+    """
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield beside
+        # mkdtemp and safetensors write for their owner alone.
+        beside.chmod(0o755)
+        for file in beside.iterdir():
+            file.chmod(0o644)
+        if folder.is_dir():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
