@@ -46,6 +46,21 @@ def recall(similarity: torch.Tensor, k: int) -> float:
     return (rank < k).float().mean().item()
 
 
+def figures_of(similarity: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Return every figure of the report beside chance, as shares of 1.
+
+    Args:
+        similarity: (n, n), where row i is an image's and column i its own name's; any increasing function of the
+            cosine, which is all that the figures need.
+    """
+    count = len(similarity)
+    figures = {f"zero-shot top-1 among {n}": (zero_shot(similarity, n, seed=0), 1 / n) for n in LABEL_SETS}
+    for direction, matrix in (("image to text", similarity), ("text to image", similarity.t())):
+        for k in (1, 5):
+            figures[f"{direction} Recall@{k} among {count}"] = (recall(matrix, k), k / count)
+    return figures
+
+
 def measure(
     model: DiffCLIPModel, processor: DiffCLIPProcessor, vendor: str, cache_dir: Path
 ) -> dict[str, dict[str, float]]:
@@ -53,16 +68,12 @@ def measure(
     items = load_emoji(cache_dir)
     images, present = load_drawings(vendor, items, cache_dir)
     indices = np.flatnonzero(present)
-    # Each name as it is. The logits are in the order of the cosine similarities, which is all that the figures need.
+    # Each name as it is.
     classifier = ZeroShotClassifier(model, processor, [items[i].name for i in indices], "{}")
     similarity = classifier.logits(Image.fromarray(images[i]) for i in indices)
-    count = len(indices)
-    report = {f"zero-shot top-1 among {n}": (zero_shot(similarity, n, seed=0), 1 / n) for n in LABEL_SETS}
-    for direction, matrix in (("image to text", similarity), ("text to image", similarity.t())):
-        for k in (1, 5):
-            report[f"{direction} Recall@{k} among {count}"] = (recall(matrix, k), k / count)
     return {
-        name: {"measured": round(value, 4), "chance": round(chance, 4)} for name, (value, chance) in report.items()
+        name: {"measured": round(value, 4), "chance": round(chance, 4)}
+        for name, (value, chance) in figures_of(similarity).items()
     }
 
 

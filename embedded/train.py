@@ -1,4 +1,4 @@
-"""Train the embedded model: a small DiffCLIP on emoji, by Transformers' own Trainer.
+"""Train the embedded model: a small DiffCLIP on emoji.
 
     python embedded/train.py --output-dir build/embedded --cache-dir .cache/embedded
 
@@ -8,6 +8,7 @@ About fifty minutes on two cores. The held-out vendor's drawings are never read 
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from emoji_data import TRAINING_VENDORS, Emoji, load_drawings, load_emoji
 from emoji_tokenizer import train_tokenizer
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
+from diffclip_hf.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 
 
 logger = logging.getLogger("train")
@@ -25,7 +27,6 @@ logger = logging.getLogger("train")
 IMAGE_SIZE = 48
 CONTEXT_LENGTH = 32
 MERGES = 1210
-MAX_LOGIT_SCALE = float(np.log(100))  # CLIP's own bound
 TEMPLATES = (
     "{}",
     "a picture of a {}",
@@ -38,8 +39,21 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
-def build_model(vocab_size: int) -> DiffCLIPModel:
-    """Return an untrained model, small enough for the repository in float16."""
+# The paper's four models: what each changes in the configuration of DiffCLIP.
+VARIANTS: dict[str, dict[str, dict[str, str]]] = {
+    "clip": {
+        "vision_config": {"attention_type": "standard"},
+        "text_config": {"attention_type": "standard"},
+    },
+    "diffclip": {},
+    "diffclip-star": {"vision_config": {"lambda_init": "depth"}, "text_config": {"lambda_init": "depth"}},
+    "diffclip-dagger": {"text_config": {"attention_type": "standard"}},
+}
+
+
+def build_model(vocab_size: int, variant: str = "diffclip") -> DiffCLIPModel:
+    """Return an untrained model, a key of `VARIANTS`, small enough for the repository in float16."""
+    changes = VARIANTS[variant]
     model = DiffCLIPModel(
         DiffCLIPConfig(
             projection_dim=128,
@@ -50,6 +64,7 @@ def build_model(vocab_size: int) -> DiffCLIPModel:
                 "num_attention_heads": 8,
                 "image_size": IMAGE_SIZE,
                 "patch_size": 8,
+                **changes.get("vision_config", {}),
             },
             text_config={
                 "hidden_size": 96,
@@ -61,6 +76,7 @@ def build_model(vocab_size: int) -> DiffCLIPModel:
                 "bos_token_id": vocab_size - 2,
                 "eos_token_id": vocab_size - 1,
                 "pad_token_id": vocab_size - 1,
+                **changes.get("text_config", {}),
             },
         )
     )
@@ -166,12 +182,48 @@ class EmojiCollator:
         return {**texts, "pixel_values": pixel_values, "return_loss": True}
 
 
-class ClampLogitScale(TrainerCallback):
-    """Keep the logit scale at most ln 100 after each step, as CLIP does."""
+def make_tokenizer(items: list[Emoji]) -> PreTrainedTokenizerBase:
+    """Return a tokenizer learned from every name in every template."""
+    captions = [
+        template.format(name) for template in TEMPLATES for item in items for name in (item.name, *item.others)
+    ]
+    return train_tokenizer(captions, MERGES, CONTEXT_LENGTH)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+def make_trainer(
+    model: DiffCLIPModel,
+    items: list[Emoji],
+    collator: EmojiCollator,
+    output_dir: Path,
+    callbacks: list[TrainerCallback] | None = None,
+    **changes: Any,
+) -> DiffCLIPTrainer:
+    """Return a trainer with the settings that made the embedded model, but for `changes` of its arguments."""
+    settings = {
+        "num_train_epochs": 500,
+        "per_device_train_batch_size": 256,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.2,
+        "adam_beta2": 0.98,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "max_grad_norm": 1.0,
+        "logging_steps": 50,
+        "save_strategy": "steps",
+        "save_steps": 400,
+        "save_total_limit": 1,
+        "dataloader_drop_last": True,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": True,  # autocast; the weights stay float32
+    }
+    return DiffCLIPTrainer(
+        model=model,
+        args=DiffCLIPTrainingArguments(output_dir=str(output_dir), **{**settings, **changes}),
+        train_dataset=EmojiIndices(len(items)),
+        data_collator=collator,
+        callbacks=callbacks,
+    )
 
 
 def save(model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -188,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--cache-dir", type=Path, required=True, help="for the drawings, fetched on the first run")
+    parser.add_argument("--variant", default="diffclip", choices=VARIANTS)
     parser.add_argument("--epochs", type=float, default=500)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -199,41 +252,21 @@ def main() -> None:
 
     set_seed(args.seed)
     items = load_emoji(args.cache_dir)
-    captions = [
-        template.format(name) for template in TEMPLATES for item in items for name in (item.name, *item.others)
-    ]
-    tokenizer = train_tokenizer(captions, MERGES, CONTEXT_LENGTH)
-    model = build_model(len(tokenizer))
+    tokenizer = make_tokenizer(items)
+    model = build_model(len(tokenizer), args.variant)
     logger.info("%d emoji, %d tokens, %d parameters", len(items), len(tokenizer), model.num_parameters())
     vendors = tuple(vendor for vendor in TRAINING_VENDORS if vendor not in args.without)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output_dir / "checkpoints"),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            adam_beta2=0.98,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            max_grad_norm=1.0,
-            logging_steps=50,
-            save_strategy="steps",
-            save_steps=400,
-            save_total_limit=1,
-            dataloader_drop_last=True,
-            remove_unused_columns=False,
-            report_to="none",
-            seed=args.seed,
-            use_cpu=True,
-            bf16=True,  # autocast; the weights stay float32
-        ),
-        train_dataset=EmojiIndices(len(items)),
-        data_collator=EmojiCollator(items, vendors, args.cache_dir, tokenizer, args.seed),
-        callbacks=[ClampLogitScale()],
-    )
-    trainer.train()
+    make_trainer(
+        model,
+        items,
+        EmojiCollator(items, vendors, args.cache_dir, tokenizer, args.seed),
+        args.output_dir / "checkpoints",
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+    ).train()
     save(model, tokenizer, args.output_dir)
 
 
