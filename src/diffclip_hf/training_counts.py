@@ -1,0 +1,84 @@
+"""Counting what training has to pass over, in whichever process it is met."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import get_worker_info
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Fewer than this many samples say too little of the share that is skipped.
+LEAST_SEEN = 1000
+# A worker counts in a row of its own, since adding to a number that another process adds to may lose one of the two.
+COUNTING_ROWS = 1024
+
+
+def require_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} is {share}; it must be in 0..1.")
+
+
+class SharedCounts:
+    """Numbers that the workers of a DataLoader add to and the main process reads."""
+
+    def __init__(self, *kinds: str):
+        self.kinds = kinds
+        self._table = torch.zeros(COUNTING_ROWS, len(kinds), dtype=torch.int64).share_memory_()
+
+    def add(self, kind: str) -> None:
+        worker = get_worker_info()
+        row = 0 if worker is None else 1 + worker.id % (COUNTING_ROWS - 1)
+        self._table[row, self.kinds.index(kind)] += 1
+
+    def totals(self) -> dict[str, int]:
+        return dict(zip(self.kinds, self._table.sum(0).tolist(), strict=True))
+
+
+class SkipCounts:
+    """Counts what is passed over, logs the first of each kind, and refuses more than a share of all."""
+
+    def __init__(self, kinds: Sequence[str], max_share: float):
+        require_share("max_skipped_share", max_share)
+        self.max_share = max_share
+        self._counts = SharedCounts("seen", *kinds)
+        self._example = "the log names the first of each kind"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self._counts.totals()
+
+    def see(self) -> None:
+        self._counts.add("seen")
+
+    def skip(self, kind: str, which: str, reason: str) -> None:
+        """Count one more, and say which it was if it's the first of its kind."""
+        self._counts.add(kind)
+        self._example = f"one of them is {which}: {reason}"
+        if self.counts[kind] == 1:
+            logger.warning(
+                f"Skipped {which}: {reason}. It is the first of the {kind.replace('_', ' ')}; further ones are only "
+                "counted."
+            )
+
+    def check(self, least_seen: int = LEAST_SEEN) -> None:
+        """Raise a ValueError if too many of at least `least_seen` samples were skipped."""
+        counts = self.counts
+        seen = counts.pop("seen")
+        skipped = sum(counts.values())
+        if seen >= least_seen and skipped > self.max_share * seen:
+            kinds = ", ".join(f"{kind.replace('_', ' ')}: {number}" for kind, number in counts.items())
+            raise ValueError(
+                f"{skipped} of {seen} samples had to be skipped ({kinds}), more than max_skipped_share="
+                f"{self.max_share:g} allows; {self._example}."
+            )
+
+
+def non_empty_captions(captions: str | Sequence[str] | None) -> list[str]:
+    """List those of a sample's captions that say something."""
+    listed = [captions] if isinstance(captions, str) else captions or []
+    return [caption for caption in listed if caption and caption.strip()]
+
+
+__all__ = ["SharedCounts", "SkipCounts", "non_empty_captions", "require_share"]

@@ -1,0 +1,389 @@
+"""Image–caption data for training: sources of encoded images, and the collator that decodes them.
+
+A source yields rows `{"image": {"bytes": ..., "path": ...}, "caption": ...}` whose image is still as it is stored, so
+that passing over what a resumed run has already seen decodes nothing. `ImageTextCollator` does the rest, in the
+DataLoader's workers.
+"""
+
+import io
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from transformers import ProcessorMixin, TrainerCallback
+from transformers.utils import logging
+
+from .image_processing_pil_diffclip import to_rgb
+from .training_counts import SkipCounts, non_empty_captions
+from .training_shards import ImageTextShards, expand_braces, names_shards, prepare_shards_loader
+
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.get_logger(__name__)
+
+# What the columns are called in the data sets of the Hub, and in tar shards that `datasets` has read.
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description", "alt_text")
+# Torchvision's, and so SLIP's.
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+SIDEWAYS = (5, 6, 7, 8)
+
+
+def _choose_column(columns: Sequence[str], usual: Sequence[str], told: str | None, argument: str) -> str:
+    found = [told] if told is not None else [name for name in columns if name in usual]
+    if len(found) == 1 and found[0] in columns:
+        return found[0]
+    told_of = (
+        f"{argument} is {told!r}, which isn't among them"
+        if told is not None
+        else (f"{', '.join(found) or 'none of them'} could be it; pass {argument}")
+    )
+    raise ValueError(f"The data set has the columns {', '.join(columns)}; {told_of}.")
+
+
+def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
+    """Read a map-style data set of the `datasets` library, whichever way it is stored."""
+    import datasets
+
+    if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
+        if load_options:
+            raise ValueError(f"{', '.join(load_options)} can't be used with {source!r}, a folder of save_to_disk.")
+        loaded = datasets.load_from_disk(source)
+        if isinstance(loaded, datasets.Dataset):
+            return loaded
+        if split not in loaded:
+            raise ValueError(f"split is {split!r}; {source!r} has {', '.join(loaded)}.")
+        return loaded[split]
+    if source.endswith(".parquet"):
+        files = {split: expand_braces(source)}
+        return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
+    return datasets.load_dataset(source, split=split, **load_options)
+
+
+def load_image_text_dataset(
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    shuffle_buffer: int = 1000,
+    max_skipped_share: float = 0.01,
+    max_broken_share: float = 0.1,
+    **load_options: Any,
+) -> "datasets.Dataset | ImageTextShards":
+    """Open image–caption data wherever it is, for `ImageTextCollator`.
+
+    Returns a map-style data set with the columns `image`, undecoded, and `caption`, a string or a list of strings; or
+    `ImageTextShards` where `source` names tar shards.
+
+    Args:
+        source: Tar shards (see `find_shards`); Parquet files, `*` and braces allowed; a folder of
+            `Dataset.save_to_disk`; a folder with pictures and `metadata.csv` or `metadata.jsonl`; or a data set's name
+            on the Hub.
+        split: Which part of the data set. Tar shards, Parquet files and a saved `Dataset` are one part, whatever it's
+            called.
+        image_column: What the images' column is called, if not by one of the usual names (`IMAGE_COLUMNS`).
+        caption_column: Likewise the captions' (`CAPTION_COLUMNS`).
+        batch_size: For tar shards, which need it.
+        seed: For tar shards; the order of a map-style data set is the Trainer's affair.
+        shuffle_buffer: For tar shards.
+        max_skipped_share: For tar shards; `ImageTextCollator` has one of its own.
+        max_broken_share: For tar shards.
+        load_options: For `datasets.load_dataset`, such as `name`, `revision` or `cache_dir`.
+
+    Raises:
+        ValueError: A column isn't found or isn't the only one of its kind, the captions aren't strings, the split
+            isn't there, or `batch_size` is missing.
+    """
+    if names_shards(source):
+        if batch_size is None:
+            raise ValueError(f"batch_size is None; {source!r} names tar shards, which need it.")
+        if load_options:
+            raise ValueError(f"{', '.join(load_options)} can't be used with {source!r}, which names tar shards.")
+        return ImageTextShards(
+            source,
+            batch_size,
+            seed=seed,
+            shuffle_buffer=shuffle_buffer,
+            max_skipped_share=max_skipped_share,
+            max_broken_share=max_broken_share,
+        )
+    import datasets
+
+    dataset = _load(source, split, load_options)
+    chosen = {
+        "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
+        "caption": _choose_column(dataset.column_names, CAPTION_COLUMNS, caption_column, "caption_column"),
+    }
+    dataset = dataset.select_columns(list(chosen.values()))
+    dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
+    feature = dataset.features["caption"]
+    text = getattr(feature, "feature", feature)
+    if getattr(text, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The column {chosen['caption']} is {feature}; captions must be strings or lists of strings.")
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def random_crop_box(
+    width: int, height: int, scale: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw a box as torchvision's RandomResizedCrop does: left, top, width and height in pixels.
+
+    Its area is a uniform share of the image's, and the logarithm of its width over its height is uniform between
+    those of 3/4 and 4/3. After ten boxes that don't fit, it's the largest in the middle whose shape is allowed.
+    Torchvision's own draws from the generator that all of torch shares, which would make a sample's crop depend on
+    what was drawn before it.
+
+    Args:
+        width: At least 1 pixel.
+        height: Likewise.
+        scale: The smallest and the largest share.
+        generator: Where the numbers come from.
+    """
+    shortest, longest = np.log(CROP_RATIO)
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * generator.uniform(*scale)
+        ratio = np.exp(generator.uniform(shortest, longest))
+        box_width, box_height = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(generator.integers(width - box_width + 1))
+            return left, int(generator.integers(height - box_height + 1)), box_width, box_height
+    box_width = min(width, max(round(height * CROP_RATIO[1]), 1))
+    box_height = min(height, max(round(width / CROP_RATIO[0]), 1))
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
+
+
+def decode_crop(
+    image: Image.Image,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    resample: Image.Resampling,
+    generator: np.random.Generator,
+) -> Image.Image:
+    """Decode a random crop of an image that Pillow has opened and resize it to a width and height.
+
+    A JPEG is decoded at half, a quarter or an eighth of its size where the crop still has no fewer pixels than wanted.
+    Any mode and orientation is allowed, as in `to_rgb`.
+
+    Args:
+        image: As `Image.open` returns it, not yet decoded.
+        size: The result's width and height in pixels.
+        scale: See `random_crop_box`.
+        resample: Pillow's filter for resizing.
+        generator: Where the box comes from.
+    """
+    width, height = image.size
+    if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+        width, height = height, width
+    left, top, box_width, box_height = random_crop_box(width, height, scale, generator)
+    shrinkage = min(box_width / size[0], box_height / size[1])
+    # Of other formats than JPEG this changes nothing.
+    image.draft(image.mode, (math.ceil(image.width / shrinkage), math.ceil(image.height / shrinkage)))
+    rgb = to_rgb(image)
+    across, down = rgb.width / width, rgb.height / height
+    box = (left * across, top * down, (left + box_width) * across, (top + box_height) * down)
+    return rgb.crop(tuple(round(side) for side in box)).resize(size, resample)  # type: ignore[arg-type]
+
+
+class ImageTextCollator:
+    """Makes a batch of image–caption rows: decodes the images, cuts and normalises them, and tokenizes the captions.
+
+    In training each image is cut at random and resized to the image processor's `crop_size` with its `resample`
+    (RandomResizedCrop, the paper's augmentation), and one of several captions is drawn; otherwise the image processor
+    does what it always does, and the first caption is taken. What is drawn depends on the seed, the epoch and the
+    image's bytes alone, so it is the same whatever the workers, and after resuming.
+
+    An image that can't be decoded, one larger than Pillow's limit against decompression bombs among them, is dropped
+    from the batch with its caption, and so is a row whose captions are all empty. Both are counted.
+
+    Called with a list of rows `{image_column: {"bytes": ..., "path": ...}, caption_column: ...}` (the image may be
+    plain bytes too), returns `pixel_values`, float32, (batch, 3, height, width), `input_ids` and `attention_mask`,
+    int64, (batch, length), and `return_loss`, True. If every row is dropped, the batch has 0 rows, which the model
+    takes; the mean loss of none is NaN. A list of None, from `ImageTextShards.set_position`, gives `{}`.
+
+    Args:
+        processor: A DiffCLIPProcessor.
+        train: Whether to cut and draw at random.
+        crop_scale: The smallest and largest share of the image's area that a random crop has.
+        seed: At least 0.
+        max_skipped_share: The largest share of rows dropped, of at least 1,000 that have been seen.
+        pad_to_max_length: Whether every text is padded to the tokenizer's `model_max_length`, for compiled models,
+            rather than to the longest of the batch.
+        image_column: What the image is called in a row.
+        caption_column: What the caption or list of captions is called.
+
+    Raises:
+        ValueError: An argument isn't allowed; more rows than allowed had to be dropped; or only some of a batch's rows
+            are None.
+        TypeError: An image is already decoded.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        *,
+        train: bool,
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        seed: int = 0,
+        max_skipped_share: float = 0.01,
+        pad_to_max_length: bool = False,
+        image_column: str = "image",
+        caption_column: str = "caption",
+    ):
+        smallest, largest = crop_scale
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"crop_scale is {crop_scale}; it must be two numbers in ascending order, in 0..1, not 0.")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must be at least 0.")
+        self.processor: Any = processor
+        self.train, self.crop_scale, self.seed = train, (smallest, largest), seed
+        self.pad_to_max_length = pad_to_max_length
+        self.image_column, self.caption_column = image_column, caption_column
+        self._skipped = SkipCounts(("corrupt_images", "empty_captions"), max_skipped_share)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have been `seen`, in workers too, and dropped as `corrupt_images` and `empty_captions`."""
+        return self._skipped.counts
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, on which the random crops depend; reaches workers that are already running."""
+        self._epoch.fill_(epoch)
+
+    def check(self) -> None:
+        """Raise a ValueError if more rows were dropped than allowed, however few were seen."""
+        self._skipped.check(least_seen=1)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+        present = [row for row in rows if row is not None]
+        if not present:
+            return {}
+        if len(present) < len(rows):
+            raise ValueError(
+                f"{len(rows) - len(present)} of a batch's {len(rows)} rows are None; ImageTextShards must have the "
+                "DataLoader's batch_size."
+            )
+        images, captions = [], []
+        for row in present:
+            pair = self._decode_row(row)
+            if pair is not None:
+                images.append(pair[0])
+                captions.append(pair[1])
+        self._skipped.check()
+        return {**self._pixels(images), **self._tokens(captions), "return_loss": True}
+
+    def _decode_row(self, row: Mapping[str, Any]) -> tuple[Image.Image, str] | None:
+        """Return a row's image and caption, None if one of them is of no use."""
+        self._skipped.see()
+        captions = non_empty_captions(row[self.caption_column])
+        image = row[self.image_column]
+        if not isinstance(image, (bytes, Mapping)):
+            raise TypeError(
+                f"The column {self.image_column} has a {type(image).__name__}; it must have encoded images, as after "
+                f'`dataset.cast_column("{self.image_column}", datasets.Image(decode=False))`.'
+            )
+        encoded, path = (image, None) if isinstance(image, bytes) else (image["bytes"], image["path"])
+        which = row.get("key") or path or (f"the image captioned {captions[0]!r}" if captions else "an image")
+        if not captions:
+            self._skipped.skip("empty_captions", which, "it has no caption")
+            return None
+        # A damaged file makes Pillow and its plug-ins raise nearly anything.
+        try:
+            if encoded is None:
+                encoded = Path(path or "").read_bytes()
+            generator = np.random.default_rng((self.seed, int(self._epoch), zlib.crc32(encoded)))
+            return self._decode(encoded, generator), captions[generator.integers(len(captions)) if self.train else 0]
+        except Exception as error:
+            self._skipped.skip("corrupt_images", which, f"{type(error).__name__}: {error}")
+            return None
+
+    def _decode(self, encoded: bytes, generator: np.random.Generator) -> Image.Image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded)) as image:
+                if not self.train:
+                    return to_rgb(image)
+                image_processor = self.processor.image_processor
+                return decode_crop(image, self._size(), self.crop_scale, image_processor.resample, generator)
+
+    def _size(self) -> tuple[int, int]:
+        """Return the width and height of the model's images in pixels."""
+        size = self.processor.image_processor.crop_size
+        return size["width"], size["height"]
+
+    def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        if not images:
+            width, height = self._size()
+            return {"pixel_values": torch.zeros(0, 3, height, width)}
+        done = {"do_resize": False, "do_center_crop": False} if self.train else {}
+        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt", **done)["pixel_values"]}
+
+    def _tokens(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        padding = "max_length" if self.pad_to_max_length else True
+        # Without a text the tokenizer makes no tensors, so one is tokenized and cut off again.
+        texts = captions or [""]
+        tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
+        return {name: tokens[name][: len(captions)] for name in ("input_ids", "attention_mask")}
+
+
+class TrainingDataCallback(TrainerCallback):
+    """Tells the training data where the Trainer is, and logs at each epoch's end what was skipped.
+
+    Without it every epoch would have the same random crops, and a resumed run on tar shards would decode all that it
+    passes over.
+
+    Args:
+        collator: The one that makes the training batches.
+        shards: The training data set if it is of tar shards.
+
+    Raises:
+        ValueError: At an epoch's end, if more was skipped than allowed, however little was seen.
+    """
+
+    def __init__(self, collator: ImageTextCollator, shards: ImageTextShards | None = None):
+        self.parts = [part for part in (collator, shards) if part is not None]
+        self.shards = shards
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Pass over the batches that the run being resumed has used."""
+        if self.shards is None or args.ignore_data_skip:
+            return
+        accumulated = args.gradient_accumulation_steps
+        epoch, steps = divmod(state.global_step, math.ceil(self.shards.batches_per_epoch / accumulated))
+        self.shards.set_position(epoch, steps * accumulated)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Choose the epoch's random numbers."""
+        for part in self.parts:
+            part.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Log the counts and judge them."""
+        for part in self.parts:
+            logger.info(f"{type(part).__name__} after epoch {state.epoch:g}: {part.counts}")
+            part.check()
+
+
+__all__ = [
+    "ImageTextCollator",
+    "ImageTextShards",
+    "TrainingDataCallback",
+    "decode_crop",
+    "load_image_text_dataset",
+    "prepare_shards_loader",
+    "random_crop_box",
+]

@@ -1,0 +1,71 @@
+"""Pictures, captions and tar shards for the tests of training, made on the spot."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tiny import tiny_config
+from tokenizer_helper import tiny_clip_tokenizer
+
+from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
+
+
+def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
+    """A picture of soft colours, each seed its own."""
+    generator = np.random.default_rng(seed)
+    small = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, image_format: str = "JPEG", **options) -> bytes:
+    """The bytes of a file with the image."""
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def sample(number: int, caption: str | bytes | None = "") -> dict[str, bytes]:
+    """The files of a sample by their extensions; the caption is its number unless given, none for None."""
+    files = {"jpg": encoded(picture(number))}
+    if caption is not None:
+        text = caption or f"picture {number}"
+        files["txt"] = text if isinstance(text, bytes) else text.encode()
+    return files
+
+
+def write_tar(path: Path, samples: Iterable[Mapping[str, bytes]], first: int = 0, mode: str = "w") -> Path:
+    """Write samples under the keys `first`, `first` + 1 and so on, in nine digits as img2dataset does."""
+    with tarfile.open(path, mode) as archive:
+        for key, files in enumerate(samples, first):
+            for extension, content in files.items():
+                info = tarfile.TarInfo(f"{key:09d}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder: Path, sizes: Iterable[int], stats: bool = True) -> list[Path]:
+    """Write shards of so many samples, captioned `picture 0` and upwards, with img2dataset's file of numbers."""
+    paths, first = [], 0
+    for number, size in enumerate(sizes):
+        path = write_tar(folder / f"{number:05d}.tar", map(sample, range(first, first + size)), first)
+        if stats:
+            path.with_name(f"{number:05d}_stats.json").write_text(json.dumps({"count": size + 3, "successes": size}))
+        paths.append(path)
+        first += size
+    return paths
+
+
+def tiny_processor() -> DiffCLIPProcessor:
+    """A processor for images of 32×32 pixels and texts of bytes."""
+    image_processor = DiffCLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return DiffCLIPProcessor(image_processor, tiny_clip_tokenizer())
+
+
+def tiny_pair_model() -> DiffCLIPModel:
+    """A model that takes what `tiny_processor` makes, with the weights that a new one starts with."""
+    return DiffCLIPModel(tiny_config(text={"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}))
