@@ -17,22 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from transformers import ProcessorMixin, TrainerCallback
-from transformers.utils import logging
+from transformers import ProcessorMixin
 
 from .image_processing_pil_diffclip import to_rgb
 from .training_counts import SkipCounts, non_empty_captions
-from .training_shards import ImageTextShards, expand_braces, names_shards, prepare_shards_loader
+from .training_shards import ImageTextShards, expand_braces, names_shards
 
 
 if TYPE_CHECKING:
     import datasets
 
-logger = logging.get_logger(__name__)
-
 # What the columns are called in the data sets of the Hub, and in tar shards that `datasets` has read.
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description", "alt_text")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 # Torchvision's, and so SLIP's.
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -136,6 +134,51 @@ def load_image_text_dataset(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
+def load_image_label_dataset(
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    **load_options: Any,
+) -> "tuple[datasets.Dataset, list[str]]":
+    """Open labelled images wherever they are, for `ImageLabelCollator`.
+
+    Returns a map-style data set with the columns `image`, undecoded, and `label`, an index; and the labels' names.
+
+    Args:
+        source: As in `load_image_text_dataset`, but for tar shards; or a folder with one folder of images a label.
+        split: Which part of the data set.
+        image_column: As in `load_image_text_dataset`.
+        label_column: What the labels' column is called, if not by one of the usual names (`LABEL_COLUMNS`). It has
+            names with its indices (`ClassLabel`), or strings, which are numbered in alphabetical order.
+        load_options: For `datasets.load_dataset`.
+
+    Raises:
+        ValueError: A column isn't found or isn't the only one of its kind, the labels have no names, or the split
+            isn't there.
+    """
+    import datasets
+
+    if names_shards(source):
+        raise ValueError(f"{source!r} names tar shards, which have captions rather than labels.")
+    dataset = _load(source, split, load_options)
+    chosen = {
+        "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
+        "label": _choose_column(dataset.column_names, LABEL_COLUMNS, label_column, "label_column"),
+    }
+    dataset = dataset.select_columns(list(chosen.values()))
+    dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
+    # Before the labels are numbered, which goes through every row.
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    feature = dataset.features["label"]
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        dataset = dataset.class_encode_column("label")
+    elif not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(f"The column {chosen['label']} is {feature}; labels must be ClassLabel or strings.")
+    return dataset, dataset.features["label"].names
+
+
 def random_crop_box(
     width: int, height: int, scale: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -197,50 +240,22 @@ def decode_crop(
     return rgb.crop(tuple(round(side) for side in box)).resize(size, resample)  # type: ignore[arg-type]
 
 
-class ImageTextCollator:
-    """Makes a batch of image–caption rows: decodes the images, cuts and normalises them, and tokenizes the captions.
+class _ImageCollator:
+    """What the collators share: images decoded, cut and normalised, and rows without use dropped and counted."""
 
-    In training each image is cut at random and resized to the image processor's `crop_size` with its `resample`
-    (RandomResizedCrop, the paper's augmentation), and one of several captions is drawn; otherwise the image processor
-    does what it always does, and the first caption is taken. What is drawn depends on the seed, the epoch and the
-    image's bytes alone, so it is the same whatever the workers, and after resuming.
-
-    An image that can't be decoded, one larger than Pillow's limit against decompression bombs among them, is dropped
-    from the batch with its caption, and so is a row whose captions are all empty. Both are counted.
-
-    Called with a list of rows `{image_column: {"bytes": ..., "path": ...}, caption_column: ...}` (the image may be
-    plain bytes too), returns `pixel_values`, float32, (batch, 3, height, width), `input_ids` and `attention_mask`,
-    int64, (batch, length), and `return_loss`, True. If every row is dropped, the batch has 0 rows, which the model
-    takes; the mean loss of none is NaN. A list of None, from `ImageTextShards.set_position`, gives `{}`.
-
-    Args:
-        processor: A DiffCLIPProcessor.
-        train: Whether to cut and draw at random.
-        crop_scale: The smallest and largest share of the image's area that a random crop has.
-        seed: At least 0.
-        max_skipped_share: The largest share of rows dropped, of at least 1,000 that have been seen.
-        pad_to_max_length: Whether every text is padded to the tokenizer's `model_max_length`, for compiled models,
-            rather than to the longest of the batch.
-        image_column: What the image is called in a row.
-        caption_column: What the caption or list of captions is called.
-
-    Raises:
-        ValueError: An argument isn't allowed; more rows than allowed had to be dropped; or only some of a batch's rows
-            are None.
-        TypeError: An image is already decoded.
-    """
+    # What a row without a target is counted as, and what is said of it.
+    missing_kind: str
+    missing_reason: str
 
     def __init__(
         self,
         processor: ProcessorMixin,
         *,
         train: bool,
-        crop_scale: tuple[float, float] = (0.5, 1.0),
-        seed: int = 0,
-        max_skipped_share: float = 0.01,
-        pad_to_max_length: bool = False,
-        image_column: str = "image",
-        caption_column: str = "caption",
+        crop_scale: Sequence[float],
+        seed: int,
+        max_skipped_share: float,
+        image_column: str,
     ):
         smallest, largest = crop_scale
         if not 0 < smallest <= largest <= 1:
@@ -249,14 +264,13 @@ class ImageTextCollator:
             raise ValueError(f"seed is {seed}; it must be at least 0.")
         self.processor: Any = processor
         self.train, self.crop_scale, self.seed = train, (smallest, largest), seed
-        self.pad_to_max_length = pad_to_max_length
-        self.image_column, self.caption_column = image_column, caption_column
-        self._skipped = SkipCounts(("corrupt_images", "empty_captions"), max_skipped_share)
+        self.image_column = image_column
+        self._skipped = SkipCounts(("corrupt_images", self.missing_kind), max_skipped_share)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows have been `seen`, in workers too, and dropped as `corrupt_images` and `empty_captions`."""
+        """How many rows have been `seen`, in workers too, and how many of each kind were dropped."""
         return self._skipped.counts
 
     def set_epoch(self, epoch: int) -> None:
@@ -267,6 +281,14 @@ class ImageTextCollator:
         """Raise a ValueError if more rows were dropped than allowed, however few were seen."""
         self._skipped.check(least_seen=1)
 
+    def _targets(self, row: Mapping[str, Any]) -> list[Any]:
+        """Return what the row's image may be trained towards."""
+        raise NotImplementedError
+
+    def _batch_of(self, targets: list[Any]) -> dict[str, Any]:
+        """Return the part of the batch that isn't images."""
+        raise NotImplementedError
+
     def __call__(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
         present = [row for row in rows if row is not None]
         if not present:
@@ -276,19 +298,19 @@ class ImageTextCollator:
                 f"{len(rows) - len(present)} of a batch's {len(rows)} rows are None; ImageTextShards must have the "
                 "DataLoader's batch_size."
             )
-        images, captions = [], []
+        images, targets = [], []
         for row in present:
             pair = self._decode_row(row)
             if pair is not None:
                 images.append(pair[0])
-                captions.append(pair[1])
+                targets.append(pair[1])
         self._skipped.check()
-        return {**self._pixels(images), **self._tokens(captions), "return_loss": True}
+        return {**self._pixels(images), **self._batch_of(targets)}
 
-    def _decode_row(self, row: Mapping[str, Any]) -> tuple[Image.Image, str] | None:
-        """Return a row's image and caption, None if one of them is of no use."""
+    def _decode_row(self, row: Mapping[str, Any]) -> tuple[Image.Image, Any] | None:
+        """Return a row's image and target, None if one of them is of no use."""
         self._skipped.see()
-        captions = non_empty_captions(row[self.caption_column])
+        targets = self._targets(row)
         image = row[self.image_column]
         if not isinstance(image, (bytes, Mapping)):
             raise TypeError(
@@ -296,16 +318,16 @@ class ImageTextCollator:
                 f'`dataset.cast_column("{self.image_column}", datasets.Image(decode=False))`.'
             )
         encoded, path = (image, None) if isinstance(image, bytes) else (image["bytes"], image["path"])
-        which = row.get("key") or path or (f"the image captioned {captions[0]!r}" if captions else "an image")
-        if not captions:
-            self._skipped.skip("empty_captions", which, "it has no caption")
+        which = row.get("key") or path or (f"the image of {targets[0]!r}" if targets else "an image")
+        if not targets:
+            self._skipped.skip(self.missing_kind, which, self.missing_reason)
             return None
         # A damaged file makes Pillow and its plug-ins raise nearly anything.
         try:
             if encoded is None:
                 encoded = Path(path or "").read_bytes()
             generator = np.random.default_rng((self.seed, int(self._epoch), zlib.crc32(encoded)))
-            return self._decode(encoded, generator), captions[generator.integers(len(captions)) if self.train else 0]
+            return self._decode(encoded, generator), targets[generator.integers(len(targets)) if self.train else 0]
         except Exception as error:
             self._skipped.skip("corrupt_images", which, f"{type(error).__name__}: {error}")
             return None
@@ -331,59 +353,134 @@ class ImageTextCollator:
         done = {"do_resize": False, "do_center_crop": False} if self.train else {}
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt", **done)["pixel_values"]}
 
-    def _tokens(self, captions: list[str]) -> dict[str, torch.Tensor]:
+
+class ImageTextCollator(_ImageCollator):
+    """Makes a batch of image–caption rows: decodes the images, cuts and normalises them, and tokenizes the captions.
+
+    In training each image is cut at random and resized to the image processor's `crop_size` with its `resample`
+    (RandomResizedCrop, the paper's augmentation), and one of several captions is drawn; otherwise the image processor
+    does what it always does, and the first caption is taken. What is drawn depends on the seed, the epoch and the
+    image's bytes alone, so it is the same whatever the workers, and after resuming.
+
+    An image that can't be decoded, one larger than Pillow's limit against decompression bombs among them, is dropped
+    from the batch with its caption, and so is a row whose captions are all empty. Both are counted.
+
+    Called with a list of rows `{image_column: {"bytes": ..., "path": ...}, caption_column: ...}` (the image may be
+    plain bytes too), returns `pixel_values`, float32, (batch, 3, height, width), `input_ids` and `attention_mask`,
+    int64, (batch, length), and `return_loss`, True. If every row is dropped, the batch has 0 rows, which the model
+    takes. A list of None, from `ImageTextShards.set_position`, gives `{}`.
+
+    Args:
+        processor: A DiffCLIPProcessor.
+        train: Whether to cut and draw at random.
+        crop_scale: The smallest and largest share of the image's area that a random crop has.
+        seed: At least 0.
+        max_skipped_share: The largest share of rows dropped, of at least 1,000 that have been seen.
+        pad_to_max_length: Whether every text is padded to the tokenizer's `model_max_length`, for compiled models,
+            rather than to the longest of the batch.
+        image_column: What the image is called in a row.
+        caption_column: What the caption or list of captions is called.
+
+    Raises:
+        ValueError: An argument isn't allowed; more rows than allowed had to be dropped; or only some of a batch's rows
+            are None.
+        TypeError: An image is already decoded.
+    """
+
+    missing_kind = "empty_captions"
+    missing_reason = "it has no caption"
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        *,
+        train: bool,
+        crop_scale: Sequence[float] = (0.5, 1.0),
+        seed: int = 0,
+        max_skipped_share: float = 0.01,
+        pad_to_max_length: bool = False,
+        image_column: str = "image",
+        caption_column: str = "caption",
+    ):
+        super().__init__(
+            processor,
+            train=train,
+            crop_scale=crop_scale,
+            seed=seed,
+            max_skipped_share=max_skipped_share,
+            image_column=image_column,
+        )
+        self.pad_to_max_length = pad_to_max_length
+        self.caption_column = caption_column
+
+    def _targets(self, row: Mapping[str, Any]) -> list[str]:
+        return non_empty_captions(row[self.caption_column])
+
+    def _batch_of(self, targets: list[str]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         padding = "max_length" if self.pad_to_max_length else True
         # Without a text the tokenizer makes no tensors, so one is tokenized and cut off again.
-        texts = captions or [""]
+        texts = targets or [""]
         tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
-        return {name: tokens[name][: len(captions)] for name in ("input_ids", "attention_mask")}
+        return {name: tokens[name][: len(targets)] for name in ("input_ids", "attention_mask")} | {"return_loss": True}
 
 
-class TrainingDataCallback(TrainerCallback):
-    """Tells the training data where the Trainer is, and logs at each epoch's end what was skipped.
+class ImageLabelCollator(_ImageCollator):
+    """Makes a batch of labelled images, as `ImageTextCollator` does of images with captions.
 
-    Without it every epoch would have the same random crops, and a resumed run on tar shards would decode all that it
-    passes over.
+    Called with a list of rows `{image_column: {"bytes": ..., "path": ...}, label_column: ...}`, returns
+    `pixel_values`, float32, (batch, 3, height, width), and `labels`, int64, (batch,). A row without a label is dropped
+    and counted.
 
     Args:
-        collator: The one that makes the training batches.
-        shards: The training data set if it is of tar shards.
+        processor: A DiffCLIPProcessor.
+        train: Whether to cut the images at random.
+        crop_scale, seed, max_skipped_share, image_column: As in `ImageTextCollator`.
+        label_column: What the label's index is called.
 
     Raises:
-        ValueError: At an epoch's end, if more was skipped than allowed, however little was seen.
+        ValueError, TypeError: As `ImageTextCollator` raises.
     """
 
-    def __init__(self, collator: ImageTextCollator, shards: ImageTextShards | None = None):
-        self.parts = [part for part in (collator, shards) if part is not None]
-        self.shards = shards
+    missing_kind = "missing_labels"
+    missing_reason = "it has no label"
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Pass over the batches that the run being resumed has used."""
-        if self.shards is None or args.ignore_data_skip:
-            return
-        accumulated = args.gradient_accumulation_steps
-        epoch, steps = divmod(state.global_step, math.ceil(self.shards.batches_per_epoch / accumulated))
-        self.shards.set_position(epoch, steps * accumulated)
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        *,
+        train: bool,
+        crop_scale: Sequence[float] = (0.5, 1.0),
+        seed: int = 0,
+        max_skipped_share: float = 0.01,
+        image_column: str = "image",
+        label_column: str = "label",
+    ):
+        super().__init__(
+            processor,
+            train=train,
+            crop_scale=crop_scale,
+            seed=seed,
+            max_skipped_share=max_skipped_share,
+            image_column=image_column,
+        )
+        self.label_column = label_column
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Choose the epoch's random numbers."""
-        for part in self.parts:
-            part.set_epoch(int(state.epoch or 0))
+    def _targets(self, row: Mapping[str, Any]) -> list[int]:
+        label = row[self.label_column]
+        # What data sets on the Hub have where a label is held back.
+        return [] if label is None or label < 0 else [label]
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Log the counts and judge them."""
-        for part in self.parts:
-            logger.info(f"{type(part).__name__} after epoch {state.epoch:g}: {part.counts}")
-            part.check()
+    def _batch_of(self, targets: list[int]) -> dict[str, Any]:
+        return {"labels": torch.tensor(targets, dtype=torch.int64)}
 
 
 __all__ = [
+    "ImageLabelCollator",
     "ImageTextCollator",
     "ImageTextShards",
-    "TrainingDataCallback",
     "decode_crop",
+    "load_image_label_dataset",
     "load_image_text_dataset",
-    "prepare_shards_loader",
     "random_crop_box",
 ]

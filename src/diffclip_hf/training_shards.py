@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from .training_counts import SharedCounts, SkipCounts, non_empty_captions, require_share
@@ -290,6 +290,9 @@ class ImageTextShards(IterableDataset):
             iterating, more samples or shards than allowed are broken, or all of a worker's are.
     """
 
+    # `DiffCLIPTrainer` leaves the dividing among processes to it.
+    splits_itself = True
+
     def __init__(
         self,
         source: str | Sequence[str],
@@ -493,28 +496,10 @@ class ImageTextShards(IterableDataset):
             yield None if number < done * self.batch_size else row
 
 
-def prepare_shards_loader(loader: DataLoader, device: torch.device) -> DataLoader:
-    """Wrap a DataLoader of `ImageTextShards` as `Accelerator.prepare` would, without dividing it once more.
-
-    Accelerate by itself has the first process read for all, or lets each process use every n-th batch of what it
-    reads; but the shards are already divided among the processes.
-
-    Args:
-        loader: A DataLoader.
-        device: Where the batches go.
-    """
-    from accelerate.data_loader import prepare_data_loader
-
-    return prepare_data_loader(
-        loader, device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-    )
-
-
 __all__ = [
     "BrokenShardError",
     "ImageTextShards",
     "expand_braces",
     "find_shards",
     "names_shards",
-    "prepare_shards_loader",
 ]
