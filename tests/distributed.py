@@ -18,14 +18,10 @@ multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "
 
 def _process(rank: int, function: Callable, world_size: int, folder: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    # What a launcher sets.
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "ACCELERATE_USE_CPU": "1",
-    }
     if world_size > 1:
+        # What a launcher sets, but for a port: a file is where they meet.
+        size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        os.environ |= size | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.save(function(folder, *arguments), folder / f"result-{rank}.pt")
     if world_size > 1:

@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import launch
+from pairs import Pairs, Stream, arguments, collate, stream_collate, zero_shot_parts
 from tiny import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from diffclip_hf.gradient_cache import backward_in_chunks
+from diffclip_hf.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 
 
 PAIRS = 8
@@ -23,13 +26,13 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = TOLERANCE):
-    """Compare relative to each tensor's largest magnitude; one that is all but zero, to the largest of all."""
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], floor: float = 1e-3) -> None:
+    """Compare relative to each tensor's largest magnitude, or to `floor` of the largest of all where that is more."""
     largest = max(tensor.abs().max() for tensor in expected.values())
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        error = (actual[name] - tensor).abs().max() / max(tensor.abs().max(), 1e-3 * largest)
-        assert error <= tolerance, f"{name}: {error:.1e}"
+        error = (actual[name] - tensor).abs().max() / max(tensor.abs().max(), floor * largest)
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
 
 
 def rows_of(inputs: dict[str, torch.Tensor], split: list[int]) -> dict[str, torch.Tensor]:
@@ -91,3 +94,64 @@ def test_loss_and_every_gradient_are_those_of_the_whole_batch(world_size, tmp_pa
         assert sum(loss for loss, _ in case) / world_size == pytest.approx(expected, rel=TOLERANCE)
         for _, grads in case:
             assert_same(grads, gradients(model))
+
+
+# --- The Trainers ---------------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def run_trainer(folder: Path, cls: type = DiffCLIPTrainer, model: nn.Module | None = None, **kwargs) -> dict:
+    """Train for two steps of 8 pairs altogether and evaluate; return what can be compared."""
+    names = {"train_dataset", "eval_dataset", "data_collator", "zero_shot", "processing_class"}
+    parts = {"train_dataset": Pairs(), "eval_dataset": Pairs(11), "data_collator": collate}
+    parts |= {key: kwargs.pop(key) for key in names & kwargs.keys()}
+    sizes = {f"per_device_{kind}_batch_size": 8 // world_size() for kind in ("train", "eval")}
+    kind = DiffCLIPTrainingArguments if cls is DiffCLIPTrainer else TrainingArguments
+    args = arguments(folder, kind, **sizes | kwargs)
+    run = cls(tiny_model() if model is None else model, args, **parts)
+    run.train()
+    metrics = {} if cls is Trainer else run.evaluate()
+    run.save_model()
+    return {
+        "losses": [log["loss"] for log in run.state.log_history if "loss" in log],
+        "logs": [log for log in run.state.log_history if "loss" in log],
+        "metrics": {key: value for key, value in metrics.items() if "recall" in key or "zero" in key or "loss" in key},
+        "weights": {key: value.detach().clone() for key, value in run.model.named_parameters()},
+        "steps": run.state.global_step,
+    }
+
+
+def trained(folder: Path) -> dict[str, dict]:
+    parts = zero_shot_parts()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    stream = {"data_collator": stream_collate, "train_dataset": Stream(24, world_size(), rank)}
+    return {
+        "stock": run_trainer(folder / "stock", Trainer),
+        "ours": run_trainer(folder / "ours"),
+        "chunks": run_trainer(folder / "chunks", contrastive_chunk_size=3, gradient_accumulation_steps=2),
+        "checkpointing": run_trainer(folder / "checkpointing", gradient_checkpointing=True, contrastive_chunk_size=2),
+        "zero-shot": run_trainer(folder / "zero-shot", max_steps=1, **parts),
+        "stream": run_trainer(folder / "stream", max_steps=-1, num_train_epochs=2, **stream),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[dict, list[dict]]:
+    """What one process has of the whole batch, and each of two of half of it."""
+    folder = tmp_path_factory.mktemp("trainers")
+    return launch(trained, 1, folder / "one")[0], launch(trained, 2, folder / "two")
+
+
+@pytest.mark.parametrize("name", ["stock", "ours", "chunks", "checkpointing", "zero-shot", "stream"])
+def test_two_processes_train_and_evaluate_as_one_does(name, runs):
+    one, two = runs[0][name], [process[name] for process in runs[1]]
+    for process in two:
+        assert process["steps"] == one["steps"] == {"zero-shot": 1, "stream": 6}.get(name, 2)
+        assert process["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
+        assert process["metrics"] == pytest.approx(one["metrics"], rel=TOLERANCE)
+        assert_same(process["weights"], one["weights"])
+    assert one["metrics"].keys() >= (set() if name == "stock" else {"eval_loss", "eval_text_to_image_recall@5"})
+    assert ("eval_zero_shot_accuracy" in one["metrics"]) == (name == "zero-shot")

@@ -514,7 +514,8 @@ class DiffCLIPTrainer(Trainer):
         if step == 0:
             return "Nothing was trained before."
         if not self._in_every_process(finite):
-            return f"The weights weren't finite before; the last checkpoint is {last_checkpoint(self._get_output_dir(None))}."
+            last = last_checkpoint(self._get_output_dir(None))
+            return f"The weights weren't finite before it either; the last checkpoint is {last}."
         if self._last_saved_step != step:
             self._save_checkpoint(self.model_wrapped, trial=None)
         return f"The weights before it are in {self._checkpoint_folder()}, from which training can be resumed."
