@@ -1,6 +1,7 @@
 """Loss, gradients, training and evaluation in several processes (gloo) against one process with the whole batch."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed import launch
 from pairs import Pairs, Stream, arguments, collate, stream_collate, zero_shot_parts
+from safetensors.torch import load_file
 from tiny import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -103,23 +105,24 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def run_trainer(folder: Path, cls: type = DiffCLIPTrainer, model: nn.Module | None = None, **kwargs) -> dict:
+def run_trainer(folder: Path, cls: type = DiffCLIPTrainer, resume: bool | None = None, **kwargs) -> dict:
     """Train for two steps of 8 pairs altogether and evaluate; return what can be compared."""
     names = {"train_dataset", "eval_dataset", "data_collator", "zero_shot", "processing_class"}
     parts = {"train_dataset": Pairs(), "eval_dataset": Pairs(11), "data_collator": collate}
+    model = kwargs.pop("model", None) or tiny_model()
     parts |= {key: kwargs.pop(key) for key in names & kwargs.keys()}
     sizes = {f"per_device_{kind}_batch_size": 8 // world_size() for kind in ("train", "eval")}
     kind = DiffCLIPTrainingArguments if cls is DiffCLIPTrainer else TrainingArguments
     args = arguments(folder, kind, **sizes | kwargs)
-    run = cls(tiny_model() if model is None else model, args, **parts)
-    run.train()
+    run = cls(model, args, **parts)
+    run.train(resume_from_checkpoint=resume)
     metrics = {} if cls is Trainer else run.evaluate()
     run.save_model()
+    run.accelerator.wait_for_everyone()
     return {
-        "losses": [log["loss"] for log in run.state.log_history if "loss" in log],
         "logs": [log for log in run.state.log_history if "loss" in log],
         "metrics": {key: value for key, value in metrics.items() if "recall" in key or "zero" in key or "loss" in key},
-        "weights": {key: value.detach().clone() for key, value in run.model.named_parameters()},
+        "weights": load_file(folder / "model.safetensors"),
         "steps": run.state.global_step,
     }
 
@@ -138,6 +141,28 @@ def trained(folder: Path) -> dict[str, dict]:
     }
 
 
+# FSDP has an activation checkpointing of its own.
+CHECKPOINTED = {"activation_checkpointing": True}
+SHARDED = {"default": {}, "chunks": {"contrastive_chunk_size": 3}, "checkpointing": {"contrastive_chunk_size": 2}}
+
+
+def sharded(folder: Path) -> dict[str, dict]:
+    """In one process without FSDP2, which needs several."""
+    results = {}
+    for name, kwargs in SHARDED.items():
+        if world_size() > 1:
+            config = {"transformer_layer_cls_to_wrap": ["DiffCLIPEncoderLayer"]}
+            kwargs = kwargs | {"fsdp": True, "fsdp_config": config | (CHECKPOINTED if name == "checkpointing" else {})}
+        results[name] = run_trainer(folder / name, **kwargs, save_strategy="steps", save_steps=1)
+        if dist.is_initialized():
+            # The second step again, from the checkpoint after the first.
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder / name / "checkpoint-2")
+            dist.barrier()
+            results[f"{name}, resumed"] = run_trainer(folder / name, resume=True, **kwargs)
+    return results
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict, list[dict]]:
     """What one process has of the whole batch, and each of two of half of it."""
@@ -145,13 +170,35 @@ def runs(tmp_path_factory) -> tuple[dict, list[dict]]:
     return launch(trained, 1, folder / "one")[0], launch(trained, 2, folder / "two")
 
 
+@pytest.fixture(scope="module")
+def sharded_runs(tmp_path_factory) -> tuple[dict, list[dict]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    return launch(sharded, 1, folder / "one")[0], launch(sharded, 2, folder / "two")
+
+
+def assert_same_run(actual: dict, expected: dict) -> None:
+    assert actual["steps"] == expected["steps"]
+    for log, other in zip(actual["logs"], expected["logs"], strict=True):
+        assert log == pytest.approx(other, rel=TOLERANCE)
+    assert actual["metrics"] == pytest.approx(expected["metrics"], rel=TOLERANCE)
+    assert {name: tensor.shape for name, tensor in actual["weights"].items()} == {
+        name: tensor.shape for name, tensor in expected["weights"].items()
+    }
+    assert_same(actual["weights"], expected["weights"])
+
+
 @pytest.mark.parametrize("name", ["stock", "ours", "chunks", "checkpointing", "zero-shot", "stream"])
 def test_two_processes_train_and_evaluate_as_one_does(name, runs):
-    one, two = runs[0][name], [process[name] for process in runs[1]]
-    for process in two:
-        assert process["steps"] == one["steps"] == {"zero-shot": 1, "stream": 6}.get(name, 2)
-        assert process["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
-        assert process["metrics"] == pytest.approx(one["metrics"], rel=TOLERANCE)
-        assert_same(process["weights"], one["weights"])
+    one = runs[0][name]
+    assert one["steps"] == {"zero-shot": 1, "stream": 6}.get(name, 2)
     assert one["metrics"].keys() >= (set() if name == "stock" else {"eval_loss", "eval_text_to_image_recall@5"})
     assert ("eval_zero_shot_accuracy" in one["metrics"]) == (name == "zero-shot")
+    for process in runs[1]:
+        assert_same_run(process[name], one)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp2_trains_evaluates_and_resumes_as_one_process_does(name, sharded_runs):
+    for process in sharded_runs[1]:
+        assert_same_run(process[name], sharded_runs[0][name])
+        assert_same_run(process[f"{name}, resumed"], sharded_runs[0][name])

@@ -507,31 +507,42 @@ class DiffCLIPTrainer(Trainer):
         )
 
     def _save_last_good_state(self) -> str:
-        """Write a checkpoint of the present step if its weights are finite; say where training can go on."""
-        step = self.state.global_step
-        parameters = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
-        finite = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters]).all()
-        if step == 0:
+        """Write a checkpoint of the present step if there's something to save; say where training can go on."""
+        if self.state.global_step == 0:
             return "Nothing was trained before."
-        if not self._in_every_process(finite):
-            last = last_checkpoint(self._get_output_dir(None))
-            return f"The weights weren't finite before it either; the last checkpoint is {last}."
-        if self._last_saved_step != step:
+        if not self._weights_are_finite():
+            return f"The weights weren't finite before it either; {self._last_checkpoint()}."
+        if self._last_saved_step != self.state.global_step:
             self._save_checkpoint(self.model_wrapped, trial=None)
         return f"The weights before it are in {self._checkpoint_folder()}, from which training can be resumed."
+
+    def _weights_are_finite(self) -> bool:
+        """Say whether every weight is finite in every process."""
+        parameters = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
+        finite = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters])
+        return self._in_every_process(finite.all())
+
+    def _last_checkpoint(self) -> str:
+        return f"the last complete checkpoint is {last_checkpoint(self._get_output_dir(None))}"
 
     def _checkpoint_folder(self, trial: Any = None) -> Path:
         return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint whole or not at all.
+        """Write a checkpoint whole or not at all, and none of weights that aren't finite.
 
         Raises:
+            FloatingPointError: A weight isn't finite.
             OSError: It can't be written; what there was of it is removed.
         """
+        if not self._weights_are_finite():
+            raise FloatingPointError(
+                f"A weight isn't finite after step {self.state.global_step}, which isn't saved; "
+                f"{self._last_checkpoint()}."
+            )
         folder = self._checkpoint_folder(trial)
         if self.args.should_save:
-            # One of an earlier run would make a half-written one look complete.
+            # An earlier run's would make a half-written checkpoint look complete.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
@@ -541,8 +552,7 @@ class DiffCLIPTrainer(Trainer):
             # What can't be removed is incomplete, so that resuming passes it over.
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"The checkpoint {folder} can't be written: {error}. It was removed; the last complete one is "
-                f"{last_checkpoint(folder.parent)}."
+                f"The checkpoint {folder} can't be written: {error}. It was removed; {self._last_checkpoint()}."
             ) from error
         self._last_saved_step = self.state.global_step
 
