@@ -27,6 +27,7 @@ from .attention_diffclip import (
 )
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .hub_cache_diffclip import checked_downloads
+from .loss_diffclip import image_text_contrastive_loss
 
 
 @dataclass
@@ -68,7 +69,8 @@ class DiffCLIPOutput(ModelOutput):
     """Output of `DiffCLIPModel`.
 
     Args:
-        loss: Mean of the two cross-entropies, without dimensions; with `return_loss=True`.
+        loss: With `return_loss=True`, the mean of the two cross-entropies, without dimensions; in distributed training
+            this process's part of it, as `image_text_contrastive_loss` says. The other fields are local.
         logits_per_image: exp(logit_scale) · cosine similarity, (images, texts).
         logits_per_text: The transpose, (texts, images).
         text_embeds: L2-normalised, (texts, projection_dim).
@@ -88,23 +90,6 @@ class DiffCLIPOutput(ModelOutput):
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are set, with the towers' outputs as tuples too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-def image_text_contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the text-to-image and image-to-text cross-entropies, where row i belongs to column i.
-
-    Args:
-        logits_per_text: Scaled similarities, (n, n), any floating dtype.
-
-    Returns:
-        A tensor without dimensions, in nats.
-
-    Source: Radford et al. 2021 (CLIP), figure 3; paper arXiv 2503.06626, section 3.
-    """
-    targets = torch.arange(len(logits_per_text), device=logits_per_text.device)
-    text_loss = nn.functional.cross_entropy(logits_per_text, targets)
-    image_loss = nn.functional.cross_entropy(logits_per_text.t(), targets)
-    return (text_loss + image_loss) / 2
 
 
 def is_text(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> bool:
@@ -440,6 +425,8 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
     base_model_prefix = "diffclip"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    # No loss here is divided by a `num_items_in_batch`, which Transformers' Trainer would else conclude from **kwargs.
+    accepts_loss_kwargs = False
     _no_split_modules = ["DiffCLIPTextEmbeddings", "DiffCLIPVisionEmbeddings", "DiffCLIPEncoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -795,7 +782,8 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
             input_ids: Token ids, (texts, tokens); left out, only the images are encoded.
             pixel_values: Images, (images, channels, height, width); left out, only the texts are encoded.
             attention_mask, position_ids: As in `DiffCLIPTextModel.forward`.
-            return_loss: Whether to compute the contrastive loss, for which image i belongs to text i.
+            return_loss: Whether to compute the contrastive loss, for which image i belongs to text i, and which every
+                process of distributed training has to compute: its negatives come from all of them.
             interpolate_pos_encoding: As in `DiffCLIPVisionModel.forward`.
 
         Returns:
@@ -829,7 +817,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
             logits_per_text = scale * text_embeds @ image_embeds.t().to(text_embeds.device)
             logits_per_image = logits_per_text.t()
             if return_loss:
-                loss = image_text_contrastive_loss(logits_per_text)
+                loss = image_text_contrastive_loss(text_embeds, image_embeds, self.logit_scale)
 
         return DiffCLIPOutput(
             loss=loss,

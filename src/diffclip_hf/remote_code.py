@@ -14,6 +14,7 @@ CODE_FILES = (
     "blocked_attention_diffclip.py",
     "kernels_diffclip.py",
     "attention_diffclip.py",
+    "loss_diffclip.py",
     "modeling_diffclip.py",
     "image_processing_pil_diffclip.py",
     "image_processing_diffclip.py",

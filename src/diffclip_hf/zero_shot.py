@@ -106,7 +106,7 @@ def _image_column(images: Any) -> str:
     return columns[0]
 
 
-def _texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list[int]]:
+def label_texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list[int]]:
     """Check and combine labels and templates.
 
     Returns:
@@ -141,6 +141,13 @@ def _texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list[int]
         for template in templates
     ]
     return [label for label, _ in entries], [text for text, _ in rows], [index for _, index in rows]
+
+
+def mean_label_embeds(text_embeds: torch.Tensor, indices: Sequence[int], labels: int) -> torch.Tensor:
+    """Return the normalised mean of each label's texts, (labels, projection_dim); `indices` has each text's label."""
+    sums = text_embeds.new_zeros(labels, text_embeds.shape[-1])
+    # A mean and a sum have the same direction.
+    return normalize(sums.index_add_(0, torch.tensor(indices, device=text_embeds.device), text_embeds), dim=-1)
 
 
 def _unreadable(index: int, source: Any, error: Exception) -> ValueError:
@@ -229,7 +236,7 @@ class ZeroShotClassifier:
         self.processor = processor
         self.batch_size = batch_size
         self.progress_bar = progress_bar
-        self.labels, texts, indices = _texts(labels, templates)
+        self.labels, texts, indices = label_texts(labels, templates)
         self.label_embeds = self._encode_texts(texts, indices, text_batch_size)
 
     def __call__(self, images: Any, top_k: int | None = None, image_column: str | None = None) -> list[Any]:
@@ -347,10 +354,7 @@ class ZeroShotClassifier:
                 chunks.append(normalize(outputs.pooler_output.float(), dim=-1))
                 bar.update(len(chunk))
         text_embeds = torch.cat(chunks)
-        label_of_text = torch.tensor([indices[row] for row in order], device=text_embeds.device)
-        sums = text_embeds.new_zeros(len(self.labels), text_embeds.shape[-1])
-        # A mean and a sum have the same direction.
-        return normalize(sums.index_add_(0, label_of_text, text_embeds), dim=-1)
+        return mean_label_embeds(text_embeds, [indices[row] for row in order], len(self.labels))
 
 
 __all__ = ["IMAGE_SUFFIXES", "ZeroShotClassifier", "image_files"]

@@ -1,0 +1,574 @@
+"""Transformers' Trainer for contrastive training: whole batches, retrieval metrics and faults that lose no weights."""
+
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
+
+from .checkpoints import is_complete, last_checkpoint
+from .gradient_cache import backward_in_chunks
+from .loss_diffclip import symmetric_cross_entropy
+from .retrieval_metrics import recall_at_k
+from .zero_shot import label_texts, mean_label_embeds
+
+
+logger = logging.getLogger(__name__)
+MAX_LOGIT_SCALE = math.log(100)
+_LAYER = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.")
+
+
+@dataclass
+class DiffCLIPTrainingArguments(TrainingArguments):
+    """Transformers' `TrainingArguments`, with what contrastive training needs besides.
+
+    Three defaults differ: columns that the model doesn't take are kept, for a collator to read; DDP isn't told to look
+    for unused parameters, of which DiffCLIP has none; and losses that aren't finite aren't filtered out of the logs,
+    since training stops at them.
+
+    Args:
+        contrastive_chunk_size: The most pairs that go through the model at once; by default all of a process's batch,
+            `per_device_train_batch_size`. The gradient is that of the whole batch either way.
+
+    Raises:
+        ValueError: `contrastive_chunk_size` is below 1; or as `TrainingArguments` raises.
+    """
+
+    contrastive_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most pairs that go through the model at once. The gradient is that of the whole batch of "
+            "per_device_train_batch_size pairs, the memory that of a chunk, and the model runs forward twice."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to remove the columns that the model's forward doesn't take."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient in each step."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to leave losses that aren't finite out of the logs."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
+            raise ValueError(
+                f"contrastive_chunk_size is {self.contrastive_chunk_size}; it must be at least 1, or None for the "
+                "whole batch."
+            )
+
+
+@dataclass
+class ZeroShotTask:
+    """Labelled images that `DiffCLIPTrainer` classifies in each evaluation.
+
+    Args:
+        dataset: Images with the index of their label; map-style, the same in every process.
+        collator: Makes of its rows `pixel_values`, (n, channels, height, width), and `labels`, (n,), int64.
+        labels: The labels' names, in the order of the indices, as `ZeroShotClassifier` takes them.
+        templates: As `ZeroShotClassifier` takes them.
+    """
+
+    dataset: Dataset
+    collator: Callable[[list[Any]], Mapping[str, torch.Tensor]]
+    labels: Sequence[str] | Mapping[str, str | Sequence[str]]
+    templates: str | Sequence[str] = "This is a photo of {}."
+
+
+def contrastive_model(model: nn.Module) -> Any | None:
+    """Return the `DiffCLIPModel` inside what DDP, FSDP2, PEFT or torch.compile made of it, or None without one.
+
+    It's known by its parameter: code that travels with a checkpoint has classes of its own.
+    """
+    for module in model.modules():
+        if "logit_scale" in dict(module.named_parameters(recurse=False)):
+            return module
+    return None
+
+
+def logit_scale_value(model: nn.Module) -> torch.Tensor:
+    """Return a contrastive model's logit scale, detached, float32 without dimensions; under FSDP2 in every process."""
+    scale = _whole(contrastive_model(model).logit_scale.detach())
+    return scale.float().reshape(())
+
+
+def clamp_logit_scale(model: nn.Module) -> None:
+    """Keep a contrastive model's logit scale within 0 and ln 100, in place, if it's trained at all.
+
+    Source: Radford et al. 2021 (CLIP), section 2.5; SLIP's `main.py` for the lower bound.
+    """
+    parameter = contrastive_model(model).logit_scale
+    if parameter.requires_grad:
+        with torch.no_grad():
+            parameter.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def layer_lambdas(model: nn.Module) -> dict[str, float]:
+    """Return the present λ of each differential layer, as {"lambda/text_model.0": …}; under FSDP2 in every process."""
+    lambdas = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if hasattr(module, "get_lambda") and (match := _LAYER.search(name)):
+                lambdas[f"lambda/{match[1]}.{match[2]}"] = _whole(module.get_lambda())
+    # One copy from the device rather than one a layer.
+    values = torch.stack(list(lambdas.values())).tolist() if lambdas else []
+    return dict(zip(lambdas, values, strict=True))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that FSDP2 may have shared out among processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _to_float32(model: nn.Module) -> None:
+    """Make a model's weights float32 if they are in half precision, in which small updates are lost."""
+    half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if half:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        logger.warning(
+            "The model's weights are %s; they're trained in float32. For half precision's speed pass bf16=True, which "
+            "computes in bfloat16 and keeps the weights in float32.",
+            names,
+        )
+        model.float()
+
+
+class _Callback(TrainerCallback):
+    """What `DiffCLIPTrainer` does at moments that only callbacks have."""
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        persistent = args.dataloader_num_workers > 0 and args.dataloader_persistent_workers
+        if persistent and any(hasattr(part, "set_epoch") for part in (train_dataloader.dataset, self.collator)):
+            raise ValueError(
+                "dataloader_persistent_workers is True, but the dataset's or the collator's set_epoch doesn't reach "
+                "workers that persist; it must be False."
+            )
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        try:
+            batches = len(train_dataloader)
+        except TypeError:  # A stream of unknown length, where Transformers counts one endless epoch.
+            batches = state.max_steps * args.gradient_accumulation_steps
+        epoch, updates = divmod(state.global_step, max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+        for part in (train_dataloader.dataset, self.collator):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        if hasattr(train_dataloader.dataset, "set_position"):
+            skipped = 0 if args.ignore_data_skip else updates * args.gradient_accumulation_steps
+            train_dataloader.dataset.set_position(skipped)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if contrastive_model(model) is not None:
+            clamp_logit_scale(model)
+
+
+class DiffCLIPTrainer(Trainer):
+    """Transformers' Trainer for `DiffCLIPModel`, and for `DiffCLIPForImageClassification`.
+
+    - The contrastive batch is that of all processes, and `contrastive_chunk_size` trains it in chunks (GradCache).
+    - Weight decay falls on parameters of two or more dimensions alone, the logit scale stays within 0 and ln 100, and
+      half-precision weights are trained in float32.
+    - Each log has λ of every layer and exp(logit_scale) besides the loss, the learning rate and the gradient's norm.
+    - Evaluation is on the embeddings of the whole evaluation set: `eval_loss` over global batches, Recall@1, 5 and 10
+      in both directions, and with `zero_shot` the accuracy `eval_zero_shot_accuracy`. `predict` returns the normalised
+      embeddings of texts and images.
+    - A dataset with `splits_itself = True` shares its rows out among processes and workers on its own; datasets and
+      collators with `set_epoch` are told the epoch, and datasets with `set_position` how many batches of it a resumed
+      run skips.
+    - A loss or gradient that isn't finite stops the run before it reaches the weights, which are saved; a checkpoint
+      that can't be written is removed; and `resume_from_checkpoint=True` takes the last complete one.
+
+    Args:
+        model, args: As in `Trainer`, with `DiffCLIPTrainingArguments`.
+        zero_shot: Labelled images to classify in each evaluation; it needs a tokenizer in `processing_class`.
+        **kwargs: What else `Trainer` takes.
+
+    Raises:
+        TypeError: `args` are other training arguments.
+        ValueError: The arguments ask of a contrastive model what it can't do, or of another what only it can.
+        FloatingPointError: From `train`, where a loss or gradient isn't finite.
+        OSError: From `train`, where a checkpoint can't be written.
+    """
+
+    args: DiffCLIPTrainingArguments
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DiffCLIPTrainingArguments | None = None,
+        *,
+        zero_shot: ZeroShotTask | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, DiffCLIPTrainingArguments):
+            raise TypeError(f"args is of type {type(args).__name__}; it must be DiffCLIPTrainingArguments.")
+        super().__init__(model, args, **kwargs)
+        if model is not None:
+            self._prepare_weights(model)
+        self.zero_shot = zero_shot
+        self.is_contrastive = contrastive_model(self.model) is not None
+        self._check_arguments()
+        self._last_saved_step: int | None = None
+        self.add_callback(_Callback(self.data_collator))
+
+    def _check_arguments(self) -> None:
+        """Raise a ValueError where the arguments don't fit the model, and warn of plain gradient accumulation."""
+        args = self.args
+        if not self.is_contrastive:
+            for name, value in (
+                ("contrastive_chunk_size", args.contrastive_chunk_size),
+                ("zero_shot", self.zero_shot),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} is given, but {type(self.model).__name__} has no contrastive loss; it must be None."
+                    )
+            return
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, where each would see only its own negatives; start "
+                "one process for each with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+            )
+        for name, refused in (
+            ("compute_loss_func", self.compute_loss_func is not None),
+            ("compute_metrics", self.compute_metrics is not None),
+            ("batch_eval_metrics", args.batch_eval_metrics),
+            ("eval_do_concat_batches=False", not args.eval_do_concat_batches),
+        ):
+            if refused:
+                raise ValueError(
+                    f"{name} is given, but a contrastive model has its own loss and is evaluated on all embeddings; "
+                    "leave it out."
+                )
+        if self.zero_shot is not None and self.tokenizer is None:
+            raise ValueError("zero_shot is given, but processing_class has no tokenizer; pass the model's processor.")
+        if args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "gradient_accumulation_steps is %d, which doesn't enlarge the contrastive batch: the negatives are "
+                "those of one step's %d pairs on each process. For more, raise per_device_train_batch_size and set "
+                "contrastive_chunk_size to what fits in memory.",
+                args.gradient_accumulation_steps,
+                args.per_device_train_batch_size,
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `processing_class`, or None without one."""
+        part = getattr(self.processing_class, "tokenizer", self.processing_class)
+        return part if isinstance(part, PreTrainedTokenizerBase) else None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Build the model with `model_init`."""
+        model = super().call_model_init(trial)
+        self._prepare_weights(model)
+        return model
+
+    def _prepare_weights(self, model: nn.Module) -> None:
+        """Make the weights what training needs."""
+        _to_float32(model)
+        core = contrastive_model(model)
+        if core is not None and self.is_fsdp_enabled:
+            # FSDP2 shards no parameter without dimensions; `_save` gives the shape back.
+            parameter = core.logit_scale
+            core.logit_scale = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
+
+    # ---- Data -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the training data; a dataset that splits itself isn't split again."""
+        dataset: Any = self.train_dataset
+        if getattr(dataset, "splits_itself", False):
+            return self._plain_dataloader(dataset, self._train_batch_size)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Return the evaluation data; a dataset that splits itself isn't split again."""
+        sets: Any = self.eval_dataset
+        dataset: Any = sets if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = sets[dataset]
+        if getattr(dataset, "splits_itself", False):
+            return self._plain_dataloader(dataset, self.args.eval_batch_size)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _plain_dataloader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+        """Return a dataset's batches as they come, each as large as the others so that every process has as many."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            drop_last=True,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Those of a new epoch get the dataset as set_epoch and set_position left it.
+            persistent_workers=False,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+        )
+
+    # ---- Training -------------------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters of two or more dimensions, on which weight decay falls.
+
+        Not so on biases, norms, the λ vectors, the class embedding and the logit scale.
+
+        Source: paper arXiv 2503.06626, section 4.1; SLIP's `main.py`.
+        """
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the last complete checkpoint.
+
+        Raises:
+            ValueError: There's no complete checkpoint to resume from.
+            FloatingPointError: A loss or gradient isn't finite; the weights weren't touched by it.
+            OSError: A checkpoint can't be written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self._get_output_dir(None))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint is True, but {self.args.output_dir!r} has no complete checkpoint."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the model's loss, which a contrastive model is asked for."""
+        if self.is_contrastive:
+            inputs = {**inputs, "return_loss": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one forward and backward pass, in chunks if asked for; return the local loss, detached."""
+        chunk_size = self.args.contrastive_chunk_size
+        if chunk_size is None:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            loss = self._training_step_in_chunks(model, inputs, chunk_size)
+        if not self._in_every_process(torch.isfinite(loss)):
+            self._stop("loss")
+        return loss
+
+    def _training_step_in_chunks(self, model: Any, inputs: dict[str, Any], chunk_size: int) -> torch.Tensor:
+        model.train()
+        if hasattr(self.optimizer, "train"):  # As schedule-free optimizers need, and Trainer's own step does.
+            self.optimizer.train()
+        core = contrastive_model(model)
+        return backward_in_chunks(
+            model,
+            lambda: core.logit_scale,
+            self._prepare_inputs(inputs),
+            chunk_size,
+            self.accelerator.backward,
+            partial(self.accelerator.no_sync, model),
+            synchronise=self.accelerator.sync_gradients,
+            divisor=self.current_gradient_accumulation_steps,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with a training step's loss λ of every layer and exp(logit_scale)."""
+        if "loss" in logs:
+            logs |= layer_lambdas(self.model)
+            if self.is_contrastive:
+                logs["logit_scale"] = logit_scale_value(self.model).exp().item()
+        super().log(logs, start_time)
+
+    # ---- Evaluation -----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
+        """Return a batch's embeddings, texts before images, and its labels if it has any; no loss.
+
+        Of a model that isn't contrastive, return what `Trainer` does.
+        """
+        if not self.is_contrastive:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = {**self._prepare_inputs(inputs), "return_loss": False, "return_dict": True}
+        labels = inputs.pop("labels", None)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        embeds = tuple(part.float() for part in (outputs.text_embeds, outputs.image_embeds) if part is not None)
+        return None, embeds[0] if len(embeds) == 1 else embeds, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Embed a dataset and compute a contrastive model's metrics from all its embeddings.
+
+        Another model is evaluated as `Trainer` does.
+        """
+        if not self.is_contrastive:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        # Transformers' loop gathers over processes, and drops the rows that accelerate added to make batches even, if
+        # any; it puts the attribute back.
+        if getattr(dataloader.dataset, "splits_itself", False):
+            self.gather_function = self.accelerator.gather
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        text_embeds, image_embeds = map(self._on_device, output.predictions)
+        metrics = {"loss": self._evaluation_loss(text_embeds, image_embeds)}
+        metrics |= recall_at_k(text_embeds, image_embeds)
+        if self.zero_shot is not None and description == "Evaluation":
+            metrics["zero_shot_accuracy"] = self._zero_shot_accuracy(self.zero_shot)
+        return EvalLoopOutput(
+            predictions=output.predictions,
+            label_ids=output.label_ids,
+            metrics=(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(text_embeds),
+        )
+
+    def _on_device(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.args.device)
+
+    def _evaluation_loss(self, text_embeds: torch.Tensor, image_embeds: torch.Tensor) -> float:
+        """Return the mean loss of the pairs, (n, projection_dim), each against those of its global batch."""
+        scale = logit_scale_value(self.model).exp()
+        size = self.args.eval_batch_size * self.args.world_size
+        losses = [
+            symmetric_cross_entropy(scale * texts @ images.t()) * len(texts)
+            for texts, images in zip(text_embeds.split(size), image_embeds.split(size), strict=True)
+        ]
+        return (torch.stack(losses).sum() / len(text_embeds)).item()
+
+    def _zero_shot_accuracy(self, task: ZeroShotTask) -> float:
+        """Return the share of a task's images that are nearest to their own label."""
+        labels, texts, indices = label_texts(task.labels, task.templates)
+        tokenize = partial(self.tokenizer, padding=True, truncation=True, return_tensors="pt")
+        text_embeds = self._embed(texts, tokenize, "Labels").predictions
+        images = self._embed(task.dataset, task.collator, "Zero-shot")
+        label_embeds = mean_label_embeds(self._on_device(text_embeds), indices, len(labels))
+        predicted = (self._on_device(images.predictions) @ label_embeds.t()).argmax(1)
+        return (predicted == self._on_device(images.label_ids)).double().mean().item()
+
+    def _embed(self, rows: Any, collator: Callable[[list[Any]], Any], description: str) -> EvalLoopOutput:
+        """Return the embeddings of rows that are shared out among the processes, and their labels."""
+        dataloader = DataLoader(
+            rows,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+        )
+        return super().evaluation_loop(self.accelerator.prepare_data_loader(dataloader), description, False)
+
+    # ---- Faults ---------------------------------------------------------------------------------------------------
+
+    def _in_every_process(self, holds: torch.Tensor) -> bool:
+        """Say whether something holds in all processes, so that all of them do the same."""
+        holds = holds.to(self.args.device, torch.float32).reshape(1)
+        return bool(self.accelerator.gather(holds).min() > 0)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
+        """Return the gradient's norm; stop where it isn't finite, as after a loss that is."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # float16's scaler passes over such a step by itself, and tries a smaller scale.
+        if self.accelerator.scaler is None and not math.isfinite(_whole(torch.as_tensor(grad_norm))):
+            self._stop("gradient")
+        return grad_norm
+
+    def _stop(self, what: str) -> None:
+        """Save the weights as they were before this step, and raise a FloatingPointError."""
+        raise FloatingPointError(
+            f"The {what} isn't finite in step {self.state.global_step + 1}, at a learning rate of "
+            f"{self.lr_scheduler.get_last_lr()[0]:.3g}. "
+            f"{self._save_last_good_state()} Try a lower learning rate, a longer warm-up or a smaller max_grad_norm; "
+            "bf16=True rather than fp16=True; and look for broken values in this step's batch."
+        )
+
+    def _save_last_good_state(self) -> str:
+        """Write a checkpoint of the present step if there's something to save; say where training can go on."""
+        if self.state.global_step == 0:
+            return "Nothing was trained before."
+        if not self._weights_are_finite():
+            return f"The weights weren't finite before it either; {self._last_checkpoint()}."
+        if self._last_saved_step != self.state.global_step:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        return f"The weights before it are in {self._checkpoint_folder()}, from which training can be resumed."
+
+    def _weights_are_finite(self) -> bool:
+        """Say whether every weight is finite in every process."""
+        parameters = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
+        finite = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters])
+        return self._in_every_process(finite.all())
+
+    def _last_checkpoint(self) -> str:
+        return f"the last complete checkpoint is {last_checkpoint(self._get_output_dir(None))}"
+
+    def _checkpoint_folder(self, trial: Any = None) -> Path:
+        return Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint whole or not at all, and none of weights that aren't finite.
+
+        Raises:
+            FloatingPointError: A weight isn't finite.
+            OSError: It can't be written; what there was of it is removed.
+        """
+        if not self._weights_are_finite():
+            raise FloatingPointError(
+                f"A weight isn't finite after step {self.state.global_step}, which isn't saved; "
+                f"{self._last_checkpoint()}."
+            )
+        folder = self._checkpoint_folder(trial)
+        if self.args.should_save:
+            # An earlier run's would make a half-written checkpoint look complete.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if is_complete(folder):
+                raise  # By what follows the writing, such as pushing it to the Hub.
+            # What can't be removed is incomplete, so that resuming passes it over.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint {folder} can't be written: {error}. It was removed; {self._last_checkpoint()}."
+            ) from error
+        self._last_saved_step = self.state.global_step
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the state of the random generators, and wait for all processes, since what follows is written last."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the model, with the shape that the logit scale has without FSDP2."""
+        if state_dict is not None:
+            state_dict = {
+                name: tensor.reshape(()) if name.split(".")[-1] == "logit_scale" else tensor
+                for name, tensor in state_dict.items()
+            }
+        super()._save(output_dir, state_dict)
+
+
+__all__ = ["DiffCLIPTrainer", "DiffCLIPTrainingArguments", "ZeroShotTask"]
