@@ -49,9 +49,9 @@ class Stream(IterableDataset):
         self.epoch = epoch
         self.calls.append(("epoch", epoch))
 
-    def set_position(self, batches: int) -> None:
+    def set_position(self, epoch: int, batches: int) -> None:
         self.position = batches
-        self.calls.append(("position", batches))
+        self.calls.append(("position", epoch, batches))
 
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(epoch)

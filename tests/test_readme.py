@@ -43,15 +43,23 @@ def test_the_speed_table_is_the_measured_one():
 
 
 def test_there_are_snippets():
-    assert len(PYTHON) == 5
+    assert len(PYTHON) == 6
     assert len(CONVERSION) == 2
     assert len(ONNX) == 2
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+@pytest.mark.parametrize("code", [code for code in PYTHON if "load_digits" not in code])
 def test_python_snippet(code, clone):
     printed = run([sys.executable, "-c", code], clone)
     assert ("print(" in code) == bool(printed)
+
+
+def test_digits_are_learned(clone):
+    """In fewer than 25 lines, and far better than the 1 in 10 of chance."""
+    (code,) = (code for code in PYTHON if "load_digits" in code)
+    assert len(code.strip().splitlines()) < 25
+    printed = run([sys.executable, "-c", code], clone)
+    assert float(printed.strip().splitlines()[-1]) >= 0.9
 
 
 def test_conversion_snippet(clone):

@@ -259,11 +259,14 @@ def test_a_model_in_float32_is_not_mentioned(tmp_path, caplog):
 
 
 def test_chunks_under_autocast_are_near_the_whole_batch(tmp_path):
-    runs = [trainer(tmp_path, contrastive_chunk_size=chunk, bf16=True) for chunk in (None, 3)]
-    for run in runs:
+    start, updates = tiny_model(), []
+    for chunk in (None, 3):
+        run = trainer(tmp_path, contrastive_chunk_size=chunk, bf16=True, max_steps=1)
         run.train()
-    # bfloat16 has 8 bits, and the logits of chunks are float32.
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-2)
+        pairs = zip(run.model.parameters(), start.parameters(), strict=True)
+        updates.append(torch.cat([(after - before).detach().flatten() for after, before in pairs]))
+    # bfloat16 has 8 bits, and the logits of chunks are float32; 0.013 was measured.
+    assert (updates[1] - updates[0]).norm() <= 0.03 * updates[0].norm()
 
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ def test_a_stream_is_told_its_epoch_and_position(tmp_path):
     run.train()
     # Four batches of five in an epoch of 24, the last four pairs of which are dropped.
     assert run.state.global_step == 8
-    assert stream.calls == [("epoch", 0), ("position", 0), ("epoch", 1), ("position", 0)]
+    assert stream.calls == [("epoch", 0), ("position", 0, 0), ("epoch", 1), ("position", 1, 0)]
     assert collator.epochs == [0, 1]
     expected = [stream.order(epoch)[start : start + 5] for epoch in (0, 1) for start in range(0, 20, 5)]
     assert collator.batches == expected
@@ -357,7 +360,7 @@ def test_a_stream_is_told_its_epoch_and_position(tmp_path):
     parts |= {"train_dataset": stream, "data_collator": collator}
     resumed = trainer(tmp_path, **parts, max_steps=-1, num_train_epochs=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert stream.calls == [("epoch", 1), ("position", 2)]
+    assert stream.calls == [("epoch", 1), ("position", 1, 2)]
     assert collator.epochs == [1]
     assert losses(resumed) == losses(run)
 
@@ -368,9 +371,9 @@ def test_a_streams_position_counts_batches_and_not_updates(tmp_path):
     parts |= {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 1}
     trainer(tmp_path, **parts, save_strategy="steps", save_steps=2).train()
     trainer(tmp_path, **parts).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert stream.calls[-2:] == [("epoch", 0), ("position", 6)]
+    assert stream.calls[-2:] == [("epoch", 0), ("position", 0, 6)]
     trainer(tmp_path, **parts, ignore_data_skip=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert stream.calls[-2:] == [("epoch", 0), ("position", 0)]
+    assert stream.calls[-2:] == [("epoch", 0), ("position", 0, 0)]
 
 
 def test_a_streams_workers_share_it(tmp_path):
@@ -393,12 +396,6 @@ def test_an_evaluation_stream(tmp_path):
     fresh = trainer(tmp_path, run.model, eval_dataset=[Pairs()[i] for i in Stream(16).order(0)]).evaluate()
     evaluated = [log for log in run.state.log_history if "eval_loss" in log]
     assert evaluated[-1]["eval_loss"] == pytest.approx(fresh["eval_loss"], rel=TOLERANCE)
-
-
-def test_persistent_workers_would_miss_the_epoch(tmp_path):
-    run = trainer(tmp_path, train_dataset=Stream(), dataloader_num_workers=1, dataloader_persistent_workers=True)
-    with pytest.raises(ValueError, match="dataloader_persistent_workers is True"):
-        run.train()
 
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------

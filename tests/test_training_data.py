@@ -16,18 +16,19 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from training_samples import encoded, picture, sample, tiny_pair_model, tiny_processor, write_shards, write_tar
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.utils import is_torchvision_available
 
+from diffclip_hf.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 from diffclip_hf.training_data import (
+    ImageLabelCollator,
     ImageTextCollator,
     ImageTextShards,
-    TrainingDataCallback,
     decode_crop,
+    load_image_label_dataset,
     load_image_text_dataset,
     random_crop_box,
 )
-from diffclip_hf.training_shards import prepare_shards_loader
 
 
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision isn't installed")
@@ -475,58 +476,79 @@ def test_what_is_sent_to_a_spawned_worker_counts_for_the_main_process_and_learns
     assert (collator.counts["seen"], shards.counts["seen"]) == (1, 4)
 
 
+# Labels.
+
+
+def test_labelled_images_of_folders_and_of_strings(tmp_path):
+    for name in ("cat", "ant", "bee"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        picture(len(name)).save(tmp_path / "folders" / name / "0.png")
+    found, labels = load_image_label_dataset(str(tmp_path / "folders"))
+    assert labels == ["ant", "bee", "cat"]
+    assert {(row["image"]["path"].split("/")[-2], row["label"]) for row in found} == {
+        ("ant", 0),
+        ("bee", 1),
+        ("cat", 2),
+    }
+    images = [{"bytes": encoded(picture(number)), "path": None} for number in range(3)]
+    table = datasets.Dataset.from_dict({"img": images, "target": ["z", "a", "z"]})
+    table.cast_column("img", datasets.Image()).to_parquet(tmp_path / "table.parquet")
+    found, labels = load_image_label_dataset(str(tmp_path / "table.parquet"))
+    assert (labels, found["label"][:]) == (["a", "z"], [1, 0, 1])
+    numbers = datasets.Dataset.from_dict({"image": images, "label": [1, 2, 3]})
+    numbers.save_to_disk(tmp_path / "numbers")
+    with pytest.raises(ValueError, match=r"The column label is Value.*ClassLabel or strings"):
+        load_image_label_dataset(str(tmp_path / "numbers"))
+    with pytest.raises(ValueError, match="names tar shards"):
+        load_image_label_dataset("x.tar")
+
+
+def test_a_batch_of_labelled_images_without_those_that_have_none():
+    collator = ImageLabelCollator(tiny_processor(), train=False, max_skipped_share=1)
+    labels = [3, -1, None, 0]
+    batch = collator([{"image": encoded(picture(number)), "label": label} for number, label in enumerate(labels)])
+    assert batch["labels"].tolist() == [3, 0]
+    assert batch.keys() == {"pixel_values", "labels"}
+    assert collator.counts == {"seen": 4, "corrupt_images": 0, "missing_labels": 2}
+    images = [Image.open(io.BytesIO(encoded(picture(number)))) for number in (0, 3)]
+    assert torch.equal(batch["pixel_values"], tiny_processor()(images=images, return_tensors="pt")["pixel_values"])
+
+
 # The Trainer.
 
 
-class ShardsTrainer(Trainer):
-    def get_train_dataloader(self):
-        plain = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-            collate_fn=self.data_collator,
-        )
-        return prepare_shards_loader(plain, self.args.device)
-
-
 def train(
-    folder, data, steps, epochs=1, resume=None, trainer_class=Trainer, workers=0, batch_size=2, accumulated=1, seed=0
+    folder, data, steps, resume=None, trainer_class=DiffCLIPTrainer, workers=0, batch_size=2, accumulated=1, seed=0
 ):
     """Train the tiny model and return the loss of every step."""
     torch.manual_seed(0)
     collator = ImageTextCollator(tiny_processor(), train=True, max_skipped_share=1)
-    arguments = TrainingArguments(
+    arguments = DiffCLIPTrainingArguments(
         folder,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulated,
         max_steps=steps,
         logging_steps=1,
         save_steps=3,
+        remove_unused_columns=False,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         report_to=[],
         use_cpu=True,
-        remove_unused_columns=False,
         dataloader_num_workers=workers,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         seed=seed,
     )
-    shards = data if isinstance(data, ImageTextShards) else None
-    trainer = trainer_class(
-        tiny_pair_model(),
-        arguments,
-        data_collator=collator,
-        train_dataset=data,
-        callbacks=[TrainingDataCallback(collator, shards)],
-    )
+    trainer = trainer_class(tiny_pair_model(), arguments, data_collator=collator, train_dataset=data)
     trainer.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], collator
 
 
 def test_the_stock_trainer_trains_on_a_dataset_without_a_warning(tmp_path, caplog):
     pair_dataset(8).save_to_disk(tmp_path / "data")
-    losses, collator = train(tmp_path / "out", load_image_text_dataset(str(tmp_path / "data")), 2)
+    data = load_image_text_dataset(str(tmp_path / "data"))
+    losses, collator = train(tmp_path / "out", data, 2, trainer_class=Trainer)
     assert np.isfinite(losses).all()
     assert len(losses) == 2
     assert collator.counts["seen"] >= 4
@@ -549,7 +571,7 @@ def test_a_resumed_training_has_the_losses_of_an_unbroken_one(tmp_path, kind, wo
         return load_image_text_dataset(str(tmp_path / "data"))
 
     # Epochs of 4 steps of 2 batches, so the resumed epochs begin at batch 6 of 8 and at batch 4.
-    options = {"trainer_class": ShardsTrainer if kind == "shards" else Trainer, "workers": workers, "accumulated": 2}
+    options = {"workers": workers, "accumulated": 2}
     whole, _ = train(tmp_path / "whole", data(), 10, **options)
     train(tmp_path / "cut", data(), 6, **options)
     for done in (3, 6):
@@ -574,21 +596,17 @@ def test_every_epoch_has_crops_of_its_own(tmp_path):
 
     shards = ImageTextShards(str(tmp_path), 2)
     collator = Recording(tiny_processor(), train=True)
-    arguments = TrainingArguments(
+    arguments = DiffCLIPTrainingArguments(
         tmp_path / "out",
         per_device_train_batch_size=2,
         num_train_epochs=3,
         report_to=[],
         use_cpu=True,
-        remove_unused_columns=False,
         dataloader_pin_memory=False,
         save_strategy="no",
         disable_tqdm=True,
     )
-    callback = TrainingDataCallback(collator, shards)
-    ShardsTrainer(
-        tiny_pair_model(), arguments, data_collator=collator, train_dataset=shards, callbacks=[callback]
-    ).train()
+    DiffCLIPTrainer(tiny_pair_model(), arguments, data_collator=collator, train_dataset=shards).train()
     assert len(seen) == 3
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
@@ -596,23 +614,16 @@ def test_every_epoch_has_crops_of_its_own(tmp_path):
 def test_an_epochs_end_judges_what_was_dropped(tmp_path):
     data = [*rows(range(7)), {"image": b"", "caption": "x", "key": "a"}]
     collator = ImageTextCollator(tiny_processor(), train=True, max_skipped_share=0.1)
-    arguments = TrainingArguments(
+    arguments = DiffCLIPTrainingArguments(
         tmp_path / "out",
         per_device_train_batch_size=4,
         num_train_epochs=1,
         report_to=[],
         use_cpu=True,
-        remove_unused_columns=False,
         dataloader_pin_memory=False,
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        tiny_pair_model(),
-        arguments,
-        data_collator=collator,
-        train_dataset=data,
-        callbacks=[TrainingDataCallback(collator)],
-    )
+    trainer = DiffCLIPTrainer(tiny_pair_model(), arguments, data_collator=collator, train_dataset=data)
     with pytest.raises(ValueError, match=r"1 of 8 samples had to be skipped .*max_skipped_share=0\.1"):
         trainer.train()

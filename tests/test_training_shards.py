@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from training_samples import encoded, picture, sample, tiny_processor, write_shards, write_tar
 
 from diffclip_hf.training_data import ImageTextCollator, ImageTextShards
-from diffclip_hf.training_shards import expand_braces, find_shards, prepare_shards_loader
+from diffclip_hf.training_shards import expand_braces, find_shards
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +173,8 @@ def test_a_resumed_epoch_continues_the_unbroken_one(tmp_path, workers, rank):
         collator = ImageTextCollator(tiny_processor(), train=True, seed=4)
         collator.set_epoch(2)
         plain = DataLoader(shards, batch_size=3, num_workers=workers, collate_fn=collator)
-        prepared = prepare_shards_loader(plain, torch.device("cpu"))
-        prepared.set_epoch(2)
-        return shards, collator, prepared
+        shards.set_epoch(2)
+        return shards, collator, plain
 
     _, _, whole = loader()
     whole = list(whole)

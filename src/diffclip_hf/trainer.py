@@ -4,7 +4,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length, seed_worker
 
 from .checkpoints import is_complete, last_checkpoint
 from .gradient_cache import backward_in_chunks
@@ -153,26 +154,24 @@ class _Callback(TrainerCallback):
     def __init__(self, collator: Any):
         self.collator = collator
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        persistent = args.dataloader_num_workers > 0 and args.dataloader_persistent_workers
-        if persistent and any(hasattr(part, "set_epoch") for part in (train_dataloader.dataset, self.collator)):
-            raise ValueError(
-                "dataloader_persistent_workers is True, but the dataset's or the collator's set_epoch doesn't reach "
-                "workers that persist; it must be False."
-            )
-
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        try:
-            batches = len(train_dataloader)
-        except TypeError:  # A stream of unknown length, where Transformers counts one endless epoch.
-            batches = state.max_steps * args.gradient_accumulation_steps
-        epoch, updates = divmod(state.global_step, max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+        if has_length(train_dataloader):
+            updates_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        else:  # Of a stream of unknown length Transformers counts one endless epoch.
+            updates_per_epoch = state.max_steps
+        epoch, updates = divmod(state.global_step, updates_per_epoch)
         for part in (train_dataloader.dataset, self.collator):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if hasattr(train_dataloader.dataset, "set_position"):
             skipped = 0 if args.ignore_data_skip else updates * args.gradient_accumulation_steps
-            train_dataloader.dataset.set_position(skipped)
+            train_dataloader.dataset.set_position(epoch, skipped)
+
+    def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
+        for part in (train_dataloader.dataset, self.collator):
+            if hasattr(part, "counts"):
+                logger.info("%s after epoch %g: %s", type(part).__name__, state.epoch, part.counts)
+                part.check()
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if contrastive_model(model) is not None:
@@ -189,14 +188,16 @@ class DiffCLIPTrainer(Trainer):
     - Evaluation is on the embeddings of the whole evaluation set: `eval_loss` over global batches, Recall@1, 5 and 10
       in both directions, and with `zero_shot` the accuracy `eval_zero_shot_accuracy`. `predict` returns the normalised
       embeddings of texts and images.
-    - A dataset with `splits_itself = True` shares its rows out among processes and workers on its own; datasets and
-      collators with `set_epoch` are told the epoch, and datasets with `set_position` how many batches of it a resumed
-      run skips.
+    - A dataset with `splits_itself = True`, as `ImageTextShards`, shares its rows out among processes and workers on
+      its own; datasets and collators with `set_epoch` are told the epoch, datasets with `set_position` how many
+      batches of it a resumed run skips, and what they counted is logged and checked at each epoch's end.
     - A loss or gradient that isn't finite stops the run before it reaches the weights, which are saved; a checkpoint
       that can't be written is removed; and `resume_from_checkpoint=True` takes the last complete one.
 
     Args:
         model, args: As in `Trainer`, with `DiffCLIPTrainingArguments`.
+        eval_data_collator: Makes the batches of evaluation and prediction, if not `data_collator`: training's cuts
+            images at random.
         zero_shot: Labelled images to classify in each evaluation; it needs a tokenizer in `processing_class`.
         **kwargs: What else `Trainer` takes.
 
@@ -215,6 +216,7 @@ class DiffCLIPTrainer(Trainer):
         model: nn.Module | None = None,
         args: DiffCLIPTrainingArguments | None = None,
         *,
+        eval_data_collator: Callable[[list[Any]], Any] | None = None,
         zero_shot: ZeroShotTask | None = None,
         **kwargs: Any,
     ):
@@ -223,6 +225,7 @@ class DiffCLIPTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if model is not None:
             self._prepare_weights(model)
+        self.eval_data_collator = eval_data_collator or self.data_collator
         self.zero_shot = zero_shot
         self.is_contrastive = contrastive_model(self.model) is not None
         self._check_arguments()
@@ -296,7 +299,7 @@ class DiffCLIPTrainer(Trainer):
         """Return the training data; a dataset that splits itself isn't split again."""
         dataset: Any = self.train_dataset
         if getattr(dataset, "splits_itself", False):
-            return self._plain_dataloader(dataset, self._train_batch_size)
+            return self._plain_dataloader(dataset, self._train_batch_size, self.data_collator)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -306,17 +309,32 @@ class DiffCLIPTrainer(Trainer):
         if isinstance(dataset, str):
             dataset = sets[dataset]
         if getattr(dataset, "splits_itself", False):
-            return self._plain_dataloader(dataset, self.args.eval_batch_size)
-        return super().get_eval_dataloader(eval_dataset)
+            return self._plain_dataloader(dataset, self.args.eval_batch_size, self.eval_data_collator)
+        with self._collating_for_evaluation():
+            return super().get_eval_dataloader(eval_dataset)
 
-    def _plain_dataloader(self, dataset: Dataset, batch_size: int) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Return a dataset's batches as evaluation has them."""
+        with self._collating_for_evaluation():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating_for_evaluation(self) -> Iterator[None]:
+        """Have Trainer, which knows one collator, take that of evaluation."""
+        self.data_collator, kept = self.eval_data_collator, self.data_collator
+        try:
+            yield
+        finally:
+            self.data_collator = kept
+
+    def _plain_dataloader(self, dataset: Dataset, batch_size: int, collator: Callable[[list[Any]], Any]) -> DataLoader:
         """Return a dataset's batches as they come, each as large as the others so that every process has as many."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset,
             batch_size=batch_size,
             drop_last=True,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             prefetch_factor=self.args.dataloader_prefetch_factor,
