@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import machine, versions
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
+from diffclip_hf.machine import describe_machine, describe_versions
 from diffclip_hf.training_data import ImageTextCollator, ImageTextShards
 
 
@@ -135,8 +135,8 @@ def measure(images: int, batch_size: int, steps: int, workers: list[int]) -> dic
         "goal_data_share_of_step": GOAL,
         "attention": model.config._attn_implementation,
         "dtype": "float32",
-        "machine": machine(),
-        "versions": versions(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
     }
 
 
