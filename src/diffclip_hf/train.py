@@ -31,7 +31,6 @@ from .configuration_diffclip import DiffCLIPConfig
 from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
 from .modeling_diffclip import DiffCLIPForImageClassification, DiffCLIPModel
 from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
-from .remote_code import add_remote_code
 from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
 from .training_data import (
     ImageLabelCollator,
@@ -322,16 +321,19 @@ def contrastive_parts(
 ) -> Parts:
     """Return what trains a `DiffCLIPModel` on images with captions."""
     model, processor = build_model(model_args, None)
-    shards = {
-        "seed": training_args.seed,
-        "shuffle_buffer": data_args.shuffle_buffer,
-        "max_broken_share": data_args.max_broken_share,
-        "max_skipped_share": data_args.max_skipped_share,
-    }
 
-    def load(source: str, split: str, batch_size: int, **options: Any) -> Any:
-        columns = {"image_column": data_args.image_column, "caption_column": data_args.caption_column}
-        return load_image_text_dataset(source, split=split, batch_size=batch_size, **columns, **{**shards, **options})
+    def load(source: str, split: str, batch_size: int, shuffle_buffer: int) -> Any:
+        return load_image_text_dataset(
+            source,
+            split=split,
+            image_column=data_args.image_column,
+            caption_column=data_args.caption_column,
+            batch_size=batch_size,
+            seed=training_args.seed,
+            shuffle_buffer=shuffle_buffer,
+            max_broken_share=data_args.max_broken_share,
+            max_skipped_share=data_args.max_skipped_share,
+        )
 
     def collator(train: bool) -> ImageTextCollator:
         return ImageTextCollator(
@@ -347,14 +349,19 @@ def contrastive_parts(
     parts = Parts(
         model,
         processor,
-        load(data_args.train_data, data_args.train_split, training_args.per_device_train_batch_size),
+        load(
+            data_args.train_data,
+            data_args.train_split,
+            training_args.per_device_train_batch_size,
+            data_args.shuffle_buffer,
+        ),
         None,
         collator(train=True),
         collator(train=False),
     )
     if data_args.eval_data is not None:
         size = training_args.per_device_eval_batch_size
-        parts.eval_dataset = load(data_args.eval_data, data_args.eval_split, size, shuffle_buffer=0)
+        parts.eval_dataset = load(data_args.eval_data, data_args.eval_split, size, 0)
     if data_args.zero_shot_data is not None:
         dataset, labels = load_image_label_dataset(
             data_args.zero_shot_data,
@@ -396,7 +403,7 @@ def classification_parts(
         if eval_labels != labels:
             raise ValueError(f"eval_data has the labels {eval_labels}; they must be those of train_data, {labels}.")
     model, processor = build_model(model_args, labels)
-    collators = [
+    train_collator, eval_collator = (
         ImageLabelCollator(
             processor,
             train=train,
@@ -405,8 +412,10 @@ def classification_parts(
             max_skipped_share=data_args.max_skipped_share,
         )
         for train in (True, False)
-    ]
-    return Parts(model, processor, train_dataset, eval_dataset, *collators, compute_metrics=accuracy)
+    )
+    return Parts(
+        model, processor, train_dataset, eval_dataset, train_collator, eval_collator, compute_metrics=accuracy
+    )
 
 
 # The run ------------------------------------------------------------------------------------------------------------
@@ -475,8 +484,6 @@ def run(
         metrics |= trainer.evaluate()
     trainer.save_metrics("all", metrics, combined=False)
     if training_args.should_save:
-        if not model_args.lora_rank:
-            add_remote_code(training_args.output_dir)
         for name, collator in (("training", parts.train_collator), ("evaluation", parts.eval_collator)):
             logger.info("Samples in %s: %s", name, collator.counts)
     if training_args.push_to_hub:

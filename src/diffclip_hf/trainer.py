@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length, seed_worker
+from transformers.utils import CONFIG_NAME
 
 from .checkpoints import is_complete, last_checkpoint
 from .gradient_cache import backward_in_chunks
 from .loss_diffclip import symmetric_cross_entropy
+from .remote_code import add_remote_code
 from .retrieval_metrics import recall_at_k
 from .zero_shot import label_texts, mean_label_embeds
 
@@ -580,13 +582,18 @@ class DiffCLIPTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the model, with the shape that the logit scale has without FSDP2."""
+        """Save the model so that it loads without this package, and with the logit scale as it is without FSDP2."""
         if state_dict is not None:
             state_dict = {
                 name: tensor.reshape(()) if name.split(".")[-1] == "logit_scale" else tensor
                 for name, tensor in state_dict.items()
             }
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir or "")
+        # Adapters have no configuration; their base model has its own code.
+        is_ours = self.model.config.model_type.startswith("diffclip")
+        if is_ours and (folder / CONFIG_NAME).is_file():
+            add_remote_code(folder)
 
 
 __all__ = ["DiffCLIPTrainer", "DiffCLIPTrainingArguments", "ZeroShotTask"]
