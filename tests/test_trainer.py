@@ -259,11 +259,14 @@ def test_a_model_in_float32_is_not_mentioned(tmp_path, caplog):
 
 
 def test_chunks_under_autocast_are_near_the_whole_batch(tmp_path):
-    runs = [trainer(tmp_path, contrastive_chunk_size=chunk, bf16=True) for chunk in (None, 3)]
-    for run in runs:
+    start, updates = tiny_model(), []
+    for chunk in (None, 3):
+        run = trainer(tmp_path, contrastive_chunk_size=chunk, bf16=True, max_steps=1)
         run.train()
-    # bfloat16 has 8 bits, and the logits of chunks are float32.
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-2)
+        pairs = zip(run.model.parameters(), start.parameters(), strict=True)
+        updates.append(torch.cat([(after - before).detach().flatten() for after, before in pairs]))
+    # bfloat16 has 8 bits, and the logits of chunks are float32; 0.0095 was measured.
+    assert (updates[1] - updates[0]).norm() <= 0.03 * updates[0].norm()
 
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------

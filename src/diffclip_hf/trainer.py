@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length, seed_worker
 
 from .checkpoints import is_complete, last_checkpoint
 from .gradient_cache import backward_in_chunks
@@ -162,11 +162,11 @@ class _Callback(TrainerCallback):
             )
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        try:
-            batches = len(train_dataloader)
-        except TypeError:  # A stream of unknown length, where Transformers counts one endless epoch.
-            batches = state.max_steps * args.gradient_accumulation_steps
-        epoch, updates = divmod(state.global_step, max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+        if has_length(train_dataloader):
+            updates_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        else:  # Of a stream of unknown length Transformers counts one endless epoch.
+            updates_per_epoch = state.max_steps
+        epoch, updates = divmod(state.global_step, updates_per_epoch)
         for part in (train_dataloader.dataset, self.collator):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -185,7 +185,8 @@ class DiffCLIPTrainer(Trainer):
     - The contrastive batch is that of all processes, and `contrastive_chunk_size` trains it in chunks (GradCache).
     - Weight decay falls on parameters of two or more dimensions alone, the logit scale stays within 0 and ln 100, and
       half-precision weights are trained in float32.
-    - Each log has λ of every layer and exp(logit_scale) besides the loss, the learning rate and the gradient's norm.
+    - Each training log has λ of every layer (`lambda/text_model.0`, …) and exp(logit_scale), `logit_scale`, besides
+      the loss, the learning rate and the gradient's norm.
     - Evaluation is on the embeddings of the whole evaluation set: `eval_loss` over global batches, Recall@1, 5 and 10
       in both directions, and with `zero_shot` the accuracy `eval_zero_shot_accuracy`. `predict` returns the normalised
       embeddings of texts and images.
@@ -466,18 +467,20 @@ class DiffCLIPTrainer(Trainer):
         labels, texts, indices = label_texts(task.labels, task.templates)
         tokenize = partial(self.tokenizer, padding=True, truncation=True, return_tensors="pt")
         text_embeds = self._embed(texts, tokenize, "Labels").predictions
-        images = self._embed(task.dataset, task.collator, "Zero-shot")
+        images = self._embed(task.dataset, task.collator, "Zero-shot", self.args.dataloader_num_workers)
         label_embeds = mean_label_embeds(self._on_device(text_embeds), indices, len(labels))
         predicted = (self._on_device(images.predictions) @ label_embeds.t()).argmax(1)
         return (predicted == self._on_device(images.label_ids)).double().mean().item()
 
-    def _embed(self, rows: Any, collator: Callable[[list[Any]], Any], description: str) -> EvalLoopOutput:
+    def _embed(
+        self, rows: Any, collator: Callable[[list[Any]], Any], description: str, workers: int = 0
+    ) -> EvalLoopOutput:
         """Return the embeddings of rows that are shared out among the processes, and their labels."""
         dataloader = DataLoader(
             rows,
             batch_size=self.args.eval_batch_size,
             collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
         )
         return super().evaluation_loop(self.accelerator.prepare_data_loader(dataloader), description, False)
@@ -519,8 +522,8 @@ class DiffCLIPTrainer(Trainer):
     def _weights_are_finite(self) -> bool:
         """Say whether every weight is finite in every process."""
         parameters = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
-        finite = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters])
-        return self._in_every_process(finite.all())
+        finite = [torch.isfinite(parameter.detach()).all().to(self.args.device) for parameter in parameters]
+        return self._in_every_process(torch.stack(finite).all())
 
     def _last_checkpoint(self) -> str:
         return f"the last complete checkpoint is {last_checkpoint(self._get_output_dir(None))}"
