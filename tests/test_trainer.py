@@ -265,7 +265,7 @@ def test_chunks_under_autocast_are_near_the_whole_batch(tmp_path):
         run.train()
         pairs = zip(run.model.parameters(), start.parameters(), strict=True)
         updates.append(torch.cat([(after - before).detach().flatten() for after, before in pairs]))
-    # bfloat16 has 8 bits, and the logits of chunks are float32; 0.013 was measured.
+    # bfloat16 has 8 bits, and the logits of chunks are float32; 0.0095 was measured.
     assert (updates[1] - updates[0]).norm() <= 0.03 * updates[0].norm()
 
 

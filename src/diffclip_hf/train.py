@@ -302,7 +302,7 @@ def _with_lora(model: nn.Module, args: ModelArguments, modules_to_save: list[str
 
     alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
     return get_peft_model(
-        model,  # type: ignore[arg-type]
+        model,
         LoraConfig(
             r=args.lora_rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
