@@ -592,7 +592,7 @@ class DiffCLIPTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or "")
         # Adapters have no configuration; their base model has its own code.
         is_ours = self.model.config.model_type.startswith("diffclip")
-        if is_ours and (folder / CONFIG_NAME).is_file():
+        if self.args.should_save and is_ours and (folder / CONFIG_NAME).is_file():
             add_remote_code(folder)
 
 
