@@ -356,6 +356,15 @@ def test_accelerate_launch_on_two_processes(data, tmp_path):
     AutoModel.from_pretrained(tmp_path / "out")
 
 
+def test_accelerate_launch_without_gpus_starts_one_process_and_it_is_said(data, tmp_path, monkeypatch, caplog):
+    # As accelerate 1.15 leaves the environment; here it would take 20 seconds.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert main(options(data, tmp_path / "out", max_steps=1)) == 0
+    assert "accelerate started one process" in caplog.text
+    assert "--multi_gpu" in caplog.text
+
+
 def test_push_to_hub(data, tmp_path):
     """The trained model goes to the Hub, from which it loads without the package."""
     with HubServer(tmp_path / "hub") as hub:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -452,6 +453,12 @@ def run(
         ValueError: An option doesn't fit the others, the data or the model.
         FloatingPointError, OSError: As `DiffCLIPTrainer.train` raises.
     """
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        # What `accelerate launch --num_processes 2` leaves where it finds no GPU, without a word.
+        logger.warning(
+            "accelerate started one process, though it was asked for several: without GPUs it starts them with "
+            "--multi_gpu, or use torchrun; and pass --use_cpu."
+        )
     checkpoint = resume_point(training_args)
     set_seed(training_args.seed)
     make_parts = contrastive_parts if model_args.task == CONTRASTIVE else classification_parts
