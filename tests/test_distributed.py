@@ -138,6 +138,14 @@ def trained(folder: Path) -> dict[str, dict]:
         "checkpointing": run_trainer(folder / "checkpointing", gradient_checkpointing=True, contrastive_chunk_size=2),
         "zero-shot": run_trainer(folder / "zero-shot", max_steps=1, **parts),
         "stream": run_trainer(folder / "stream", max_steps=-1, num_train_epochs=2, **stream),
+        # Batches of 8 and 3, the last in chunks of different numbers of rows.
+        "uneven": run_trainer(
+            folder / "uneven",
+            train_dataset=Pairs(11),
+            max_steps=-1,
+            num_train_epochs=2,
+            contrastive_chunk_size=1,
+        ),
     }
 
 
@@ -187,10 +195,10 @@ def assert_same_run(actual: dict, expected: dict) -> None:
     assert_same(actual["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("name", ["stock", "ours", "chunks", "checkpointing", "zero-shot", "stream"])
+@pytest.mark.parametrize("name", ["stock", "ours", "chunks", "checkpointing", "zero-shot", "stream", "uneven"])
 def test_two_processes_train_and_evaluate_as_one_does(name, runs):
     one = runs[0][name]
-    assert one["steps"] == {"zero-shot": 1, "stream": 6}.get(name, 2)
+    assert one["steps"] == {"zero-shot": 1, "stream": 6, "uneven": 4}.get(name, 2)
     assert one["metrics"].keys() >= (set() if name == "stock" else {"eval_loss", "eval_text_to_image_recall@5"})
     assert ("eval_zero_shot_accuracy" in one["metrics"]) == (name == "zero-shot")
     for process in runs[1]:

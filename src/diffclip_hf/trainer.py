@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length, seed_worker
@@ -25,6 +26,7 @@ from .gradient_cache import backward_in_chunks
 from .loss_diffclip import symmetric_cross_entropy
 from .remote_code import add_remote_code
 from .retrieval_metrics import recall_at_k
+from .shared_batches import SharedBatchSampler
 from .zero_shot import label_texts, mean_label_embeds
 
 
@@ -162,7 +164,7 @@ class _Callback(TrainerCallback):
         else:  # Of a stream of unknown length Transformers counts one endless epoch.
             updates_per_epoch = state.max_steps
         epoch, updates = divmod(state.global_step, updates_per_epoch)
-        for part in (train_dataloader.dataset, self.collator):
+        for part in (train_dataloader.dataset, train_dataloader.batch_sampler, self.collator):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if hasattr(train_dataloader.dataset, "set_position"):
@@ -298,11 +300,30 @@ class DiffCLIPTrainer(Trainer):
     # ---- Data -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the training data; a dataset that splits itself isn't split again."""
+        """Return the training data; a dataset that splits itself isn't split again.
+
+        Contrastive training shares out the last batch of several processes rather than fill it up, as accelerate does,
+        with pairs that were seen before.
+        """
         dataset: Any = self.train_dataset
         if getattr(dataset, "splits_itself", False):
-            return self._plain_dataloader(dataset, self._train_batch_size, self.data_collator)
-        return super().get_train_dataloader()
+            return self._dataloader(dataset, self.data_collator, batch_size=self._train_batch_size, drop_last=True)
+        is_one_process = self.args.world_size == 1
+        is_stream = isinstance(dataset, IterableDataset)
+        if not self.is_contrastive or is_one_process or is_stream or self.args.remove_unused_columns:
+            return super().get_train_dataloader()
+        sampler: Any = self._get_train_sampler(dataset)
+        if isinstance(sampler, RandomSampler):
+            # As accelerate does, so that every process draws the same order.
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
+        batches = SharedBatchSampler(
+            sampler,
+            self._train_batch_size,
+            self.args.process_index,
+            self.args.world_size,
+            self.args.dataloader_drop_last,
+        )
+        return self._dataloader(dataset, self.data_collator, batch_sampler=batches)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Return the evaluation data; a dataset that splits itself isn't split again."""
@@ -311,7 +332,8 @@ class DiffCLIPTrainer(Trainer):
         if isinstance(dataset, str):
             dataset = sets[dataset]
         if getattr(dataset, "splits_itself", False):
-            return self._plain_dataloader(dataset, self.args.eval_batch_size, self.eval_data_collator)
+            size = self.args.eval_batch_size
+            return self._dataloader(dataset, self.eval_data_collator, batch_size=size, drop_last=True)
         with self._collating_for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 
@@ -329,13 +351,11 @@ class DiffCLIPTrainer(Trainer):
         finally:
             self.data_collator = kept
 
-    def _plain_dataloader(self, dataset: Dataset, batch_size: int, collator: Callable[[list[Any]], Any]) -> DataLoader:
-        """Return a dataset's batches as they come, each as large as the others so that every process has as many."""
+    def _dataloader(self, dataset: Dataset, collator: Callable[[list[Any]], Any], **batching: Any) -> DataLoader:
+        """Return a loader that accelerate doesn't divide among processes, since `batching` or the dataset does."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset,
-            batch_size=batch_size,
-            drop_last=True,
             collate_fn=collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
@@ -343,6 +363,7 @@ class DiffCLIPTrainer(Trainer):
             # Those of a new epoch get the dataset as set_epoch and set_position left it.
             persistent_workers=False,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+            **batching,
         )
 
     # ---- Training -------------------------------------------------------------------------------------------------
