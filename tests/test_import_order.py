@@ -51,6 +51,7 @@ ARROWS = {
     "gradient_cache": {"loss_diffclip"},
     "trainer": {"checkpoints", "gradient_cache", "loss_diffclip", "retrieval_metrics", "zero_shot"},
     "version": set(),
+    "visualization": {"attention_diffclip"},
     "zero_shot": {"image_processing_pil_diffclip"},
     "zero_shot_templates": set(),
     "__init__": {
