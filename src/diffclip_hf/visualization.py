@@ -3,10 +3,10 @@
 How the signed map of differential attention enters relevance. The method of Chefer et al. takes from a layer the
 matrix A by which values are mixed, A·v, and its gradient. In differential attention that matrix is M = A1 − λ·A2 of
 each pair: the layer's output is M·v, and what comes after, the pair's RMSNorm among it, is part of the function whose
-gradient is taken, as the output projection is for A. So a layer's relevance is the mean over pairs of (∂S/∂M ⊙ M)⁺. An
-entry may be negative; where its gradient is negative too, the subtraction raises the score, and the positive part keeps
-it. Taking the two softmax maps as heads of their own, each with its own positive part, would instead count what both
-share, the noise that the subtraction removes. By the chain rule ∂S/∂A1 = ∂S/∂M and ∂S/∂A2 = −λ·∂S/∂M, hence
+gradient is taken, as the output projection is for A. So a layer's relevance is the mean over pairs of (∂S/∂M ⊙ M)⁺.
+An entry may be negative; where its gradient is negative too, the subtraction raises the score, and the positive part
+keeps it. Taking the two softmax maps as heads of their own, each with its own positive part, would instead count what
+both share, the noise that the subtraction removes. By the chain rule ∂S/∂A1 = ∂S/∂M and ∂S/∂A2 = −λ·∂S/∂M, hence
 
     ∂S/∂M ⊙ M = ∂S/∂A1 ⊙ A1 + ∂S/∂A2 ⊙ A2,
 
@@ -76,13 +76,12 @@ def image_relevance(
     check_model(model)
     with torch.inference_mode(False):
         with torch.no_grad():
-            text_embeds, _ = _encode(model, "text", _text_inputs(input_ids, attention_mask))
+            text_embeds, _ = _encode(model, "text", _text_inputs(model, input_ids, attention_mask))
+        inputs = _image_inputs(model, pixel_values, interpolate_pos_encoding)
         # Asking for the pixels' gradient puts the maps into the graph of a model whose parameters are frozen.
-        inputs = {"pixel_values": pixel_values.to(model.device, model.dtype).clone().requires_grad_()}
+        inputs["pixel_values"].requires_grad_()
         with torch.enable_grad():
-            image_embeds, outputs = _encode(
-                model, "image", {**inputs, "interpolate_pos_encoding": interpolate_pos_encoding}
-            )
+            image_embeds, outputs = _encode(model, "image", inputs)
         class_token = torch.zeros(len(image_embeds), dtype=torch.long, device=image_embeds.device)
         rows = _relevance(model, "image", image_embeds, text_embeds, outputs.attentions, class_token, first_layer)
     return rows[:, :, 1:].unflatten(-1, _grid(model, pixel_values)).cpu().numpy()
@@ -109,16 +108,13 @@ def text_relevance(
     check_model(model)
     with torch.inference_mode(False):
         with torch.no_grad():
-            image_inputs = {"pixel_values": pixel_values.to(model.device, model.dtype).clone()}
-            image_embeds, _ = _encode(
-                model, "image", {**image_inputs, "interpolate_pos_encoding": interpolate_pos_encoding}
-            )
+            image_embeds, _ = _encode(model, "image", _image_inputs(model, pixel_values, interpolate_pos_encoding))
         embedding = model.text_model.get_input_embeddings()
         # As with the pixels' gradient; ids have none.
         hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
         try:
             with torch.enable_grad():
-                text_embeds, outputs = _encode(model, "text", _text_inputs(input_ids, attention_mask))
+                text_embeds, outputs = _encode(model, "text", _text_inputs(model, input_ids, attention_mask))
         finally:
             hook.remove()
         # By its state, so that the rule for which token is pooled stays the model's.
@@ -164,11 +160,9 @@ def attention_maps(
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, KINDS))}.")
     if pixel_values is not None:
-        tower = "image"
-        inputs = {"pixel_values": pixel_values.to(model.device, model.dtype)}
-        inputs["interpolate_pos_encoding"] = interpolate_pos_encoding
+        tower, inputs = "image", _image_inputs(model, pixel_values, interpolate_pos_encoding)
     else:
-        tower, inputs = "text", _text_inputs(input_ids, attention_mask)
+        tower, inputs = "text", _text_inputs(model, input_ids, attention_mask)
     differential = _is_differential(model, tower)
     if kind == "second" and not differential:
         raise ValueError(f"kind is 'second', but attention of the {tower} tower is standard; it must be 'first'.")
@@ -424,14 +418,20 @@ def check_model(model: PreTrainedModel) -> None:
             )
 
 
-def _text_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+def _image_inputs(model: Any, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> dict[str, Any]:
+    # A copy, since a tensor that was made in inference mode can't be in a graph.
+    copy = pixel_values.detach().to(model.device, model.dtype, copy=True)
+    return {"pixel_values": copy, "interpolate_pos_encoding": interpolate_pos_encoding}
+
+
+def _text_inputs(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+    mask = None if attention_mask is None else attention_mask.to(model.device, copy=True)
+    return {"input_ids": input_ids.to(model.device, copy=True), "attention_mask": mask}
 
 
 def _encode(model: Any, tower: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
     """Return a tower's L2-normalised embeddings, float32, (batch, projection_dim), and its output with the maps."""
     module, projection = (getattr(model, name) for name in TOWERS[tower])
-    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
     outputs = module(**inputs, output_attentions=True, return_dict=True)
     return normalize(projection(outputs.pooler_output).float(), dim=-1), outputs
 
