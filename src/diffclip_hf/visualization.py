@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 KINDS = ("first", "second", "difference")
 # Tower → the names of its module and of its projection, in DiffCLIPModel and in CLIPModel.
 TOWERS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
-# Of matplotlib; the signed one is white in the middle.
-POSITIVE_COLOURS, SIGNED_COLOURS = "inferno", "RdBu_r"
+# Of matplotlib; the signed one is white in the middle. Strong colours are dark, so pictures under them are faded.
+POSITIVE_COLOURS, SIGNED_COLOURS = "YlOrRd", "RdBu_r"
+FADING = 0.4
 # How much of the picture the strongest colour of an overlay covers.
 OPACITY = 0.85
 
@@ -109,7 +110,7 @@ def text_relevance(
     with torch.inference_mode(False):
         with torch.no_grad():
             image_embeds, _ = _encode(model, "image", _image_inputs(model, pixel_values, interpolate_pos_encoding))
-        embedding = model.text_model.get_input_embeddings()
+        embedding: Any = model.text_model.get_input_embeddings()  # type: ignore[operator]
         # As with the pixels' gradient; ids have none.
         hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
         try:
@@ -155,14 +156,14 @@ def attention_maps(
             of a standard tower; and as `image_relevance` raises.
     """
     check_model(model)
-    if (pixel_values is None) == (input_ids is None):
-        raise ValueError("Either pixel_values or input_ids must be given, and not both.")
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, KINDS))}.")
-    if pixel_values is not None:
+    if pixel_values is not None and input_ids is None:
         tower, inputs = "image", _image_inputs(model, pixel_values, interpolate_pos_encoding)
-    else:
+    elif input_ids is not None and pixel_values is None:
         tower, inputs = "text", _text_inputs(model, input_ids, attention_mask)
+    else:
+        raise ValueError("Either pixel_values or input_ids must be given, and not both.")
     differential = _is_differential(model, tower)
     if kind == "second" and not differential:
         raise ValueError(f"kind is 'second', but attention of the {tower} tower is standard; it must be 'first'.")
@@ -238,7 +239,7 @@ def shown_images(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray
 
 
 def overlay(image: np.ndarray, values: np.ndarray, *, signed: bool = False) -> np.ndarray:
-    """Lay a map of patches over a picture as colours, the stronger the more of them.
+    """Lay a map of patches as colours, the stronger the larger, over a picture, in grey and faded.
 
     Args:
         image: (height, width, 3), uint8.
@@ -269,7 +270,8 @@ def overlay(image: np.ndarray, values: np.ndarray, *, signed: bool = False) -> n
     heat = colours(0.5 + scaled / 2 if signed else scaled)[..., :3]
     opacity = OPACITY * np.abs(scaled)[..., None]
     grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] / 255
-    return np.round(255 * (opacity * heat + (1 - opacity) * grey)).astype(np.uint8)
+    faded = FADING + (1 - FADING) * grey
+    return np.round(255 * (opacity * heat + (1 - opacity) * faded)).astype(np.uint8)
 
 
 def draw_grid(
@@ -328,7 +330,8 @@ def draw_maps(maps: Sequence[np.ndarray], titles: Sequence[str]) -> "Figure":
         raise ValueError(f"maps has {len(maps)} and titles {len(titles)}; both must have one for each map.")
     # With every value 0, any scale shows it.
     limit = max(float(np.abs(one).max()) for one in maps) or 1.0
-    figure = _figure((0.9 + 2.7 * len(maps), 2.9))
+    tallest = max(len(one) / one.shape[1] for one in maps)
+    figure = _figure((0.9 + 2.7 * len(maps), 0.4 + 2.6 * tallest))
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for axis, one, title in zip(axes, maps, titles, strict=True):
         drawn = axis.imshow(one, cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit)
@@ -362,7 +365,7 @@ def draw_words(texts: Sequence[Sequence[tuple[str, float]]], titles: Sequence[st
     axis = figure.subplots()
     axis.set(xlim=(0, width), ylim=(len(texts), 0))
     axis.axis("off")
-    font = {"family": "monospace", "fontsize": 11, "va": "center"}
+    font: dict[str, Any] = {"family": "monospace", "fontsize": 11, "va": "center"}
     for line, (text, title) in enumerate(zip(texts, titles, strict=True)):
         axis.text(0, line + 0.5, title, color="0.35", **font)
         largest = max(value for _, value in text) or 1.0
