@@ -59,6 +59,7 @@ ARROWS = {
         "zero_shot",
     },
     "version": set(),
+    "visualization": {"attention_diffclip"},
     "zero_shot": {"image_processing_pil_diffclip"},
     "zero_shot_templates": set(),
     "__init__": {
