@@ -133,7 +133,7 @@ def dataset_specs(args: argparse.Namespace) -> list[DatasetSpec]:
 
 def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
     """Return what a measurement depends on: the model, its preprocessing, and where and how it runs."""
-    model = encoder.model
+    model, image_processor = encoder.model, encoder.processor.image_processor
     packages = ("datasets", "scikit-learn") if task == "linear-probe" else ("datasets",)
     return {
         "model": {
@@ -145,7 +145,7 @@ def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
         },
-        "preprocessing": encoder.processor.image_processor.to_dict(),
+        "preprocessing": {"class": type(image_processor).__name__, **image_processor.to_dict()},
         "device": str(model.device),
         "machine": describe_machine(),
         "versions": describe_versions(*packages),

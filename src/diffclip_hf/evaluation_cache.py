@@ -13,10 +13,13 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+# What a configuration says of where it comes from rather than of what is computed; weights have a dtype of their own.
+PROVENANCE = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "embeddings"
 
 
@@ -47,10 +50,15 @@ def fingerprint(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def _without_provenance(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_provenance(value) for key, value in config.items() if key not in PROVENANCE}
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
     """Return the SHA-256, in hexadecimal, of a model's configuration and of every weight's name, dtype and value."""
-    config = model.config.to_dict()  # type: ignore[operator]
-    digest = hashlib.sha256(fingerprint({k: v for k, v in config.items() if k != "_name_or_path"}).encode())
+    digest = hashlib.sha256(fingerprint(_without_provenance(model.config.to_dict())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # numpy has no bfloat16.

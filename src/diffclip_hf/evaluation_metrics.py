@@ -20,8 +20,8 @@ def label_ranks(
 ) -> torch.Tensor:
     """Return how many labels are before each image's own, by similarity, 0 where its own is first.
 
-    Of labels that are equally similar the first counts as more so, as in a stable sort. NaN is before everything, so
-    an image whose scores are NaN counts as wrong.
+    Of labels that are equally similar the first counts as more so, as in a stable sort. NaN is before everything, and
+    an image whose own label's score is NaN has the largest int64 there is.
 
     Args:
         image_embeds: (images, width), float32.
@@ -35,7 +35,9 @@ def label_ranks(
         scores = images @ label_embeds.t()
         own_scores = scores.gather(1, own[:, None])
         after = (scores < own_scores) | ((scores == own_scores) & (indices >= own[:, None]))
-        ranks.append((~after).sum(1))
+        # Beyond any K, even one that is more than there are labels.
+        wrong = torch.iinfo(torch.int64).max
+        ranks.append((~after).sum(1).masked_fill(own_scores.squeeze(1).isnan(), wrong))
     return torch.cat(ranks)
 
 

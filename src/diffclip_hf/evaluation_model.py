@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,15 @@ def text_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         "max_length": min(length for length in (tokenizer.model_max_length, longest) if length is not None),
         "return_tensors": "pt",
     }
+
+
+def _tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
+    """Return the vocabulary, and of a fast tokenizer the rules too."""
+    if not tokenizer.is_fast:
+        return tokenizer.get_vocab()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left there by the last call.
+    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
 
 
 class _Images(Dataset):
@@ -175,13 +185,12 @@ class Encoder:
         """Return the texts' embeddings, L2-normalised, float32, (texts, width), on the CPU."""
         tokenizer = self.processor.tokenizer
         options = text_options(self.model, tokenizer)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
         key = self._key(
             tokenizer=[
                 type(tokenizer).__name__,
                 tokenizer.padding_side,
                 {name: value for name, value in options.items() if name != "return_tensors"},
-                fingerprint({"vocabulary": tokenizer.get_vocab() if backend is None else backend.to_str()}),
+                fingerprint(_tokenizer_rules(tokenizer)),
             ],
             texts=fingerprint({"texts": list(texts)}),
             count=len(texts),
