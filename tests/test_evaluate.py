@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score
 from tiny import randomised
 from tokenizer_helper import tiny_clip_tokenizer
 from torch.nn.functional import normalize
-from training_samples import encoded, picture, tiny_pair_model, tiny_processor
+from training_samples import encoded, picture, tiny_pair_model, tiny_processor, write_tar
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -293,6 +293,27 @@ def test_rows_of_the_same_picture_are_one_and_captions_are_split(tmp_path):
     assert found.captions == ["a", "b", "c", "d"]
     assert found.image_of_caption.tolist() == [0, 0, 1, 0]
     assert [row["image"]["bytes"] for row in found.dataset] == [images[0]["bytes"], images[1]["bytes"]]
+
+
+def test_shards_as_clip_benchmark_has_them_on_the_hub(tmp_path):
+    """The layout of most presets: `SPLIT/0.tar` with `jpg`, `cls` and `txt`, and the names beside."""
+    samples = [{"jpg": encoded(picture(n)), "cls": b"%d" % (n % 2), "txt": b"a %d\nb %d" % (n, n)} for n in range(3)]
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    write_tar(tmp_path / "data" / "test" / "0.tar", samples)
+    (tmp_path / "data" / "classnames.txt").write_text("an ant\na bee\n")
+    spec = DatasetSpec(
+        "data",
+        str(tmp_path / "data"),
+        label_column="cls",
+        class_names_file="classnames.txt",
+        caption_column="txt",
+        caption_separator="\n",
+    )
+    found = load_labelled(spec, "test")
+    assert (found.names, found.labels.tolist()) == (["an ant", "a bee"], [0, 1, 0])
+    captioned = load_captioned(spec, "test")
+    assert captioned.captions == ["a 0", "b 0", "a 1", "b 1", "a 2", "b 2"]
+    assert captioned.image_of_caption.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_plain_indices_with_names_from_a_file(tmp_path):
