@@ -140,6 +140,7 @@ def load_image_label_dataset(
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
     **load_options: Any,
 ) -> "tuple[datasets.Dataset, list[str]]":
     """Open labelled images wherever they are, for `ImageLabelCollator`.
@@ -152,11 +153,12 @@ def load_image_label_dataset(
         image_column: As in `load_image_text_dataset`.
         label_column: What the labels' column is called, if not by one of the usual names (`LABEL_COLUMNS`). It has
             names with its indices (`ClassLabel`), or strings, which are numbered in alphabetical order.
+        label_names: The labels' names, instead of the column's own; a column of plain indices needs them.
         load_options: For `datasets.load_dataset`.
 
     Raises:
-        ValueError: A column isn't found or isn't the only one of its kind, the labels have no names, or the split
-            isn't there.
+        ValueError: A column isn't found or isn't the only one of its kind, the labels have no names or aren't as many
+            as `label_names`, or the split isn't there.
     """
     import datasets
 
@@ -174,9 +176,25 @@ def load_image_label_dataset(
     feature = dataset.features["label"]
     if getattr(feature, "dtype", None) in ("string", "large_string"):
         dataset = dataset.class_encode_column("label")
+    elif label_names is not None and isinstance(feature, datasets.Value) and "int" in feature.dtype:
+        _check_indices(dataset, chosen["label"], label_names)
+        return dataset, list(label_names)
     elif not isinstance(feature, datasets.ClassLabel):
-        raise ValueError(f"The column {chosen['label']} is {feature}; labels must be ClassLabel or strings.")
-    return dataset, dataset.features["label"].names
+        raise ValueError(
+            f"The column {chosen['label']} is {feature}; labels must be ClassLabel or strings, or indices with names "
+            "(label_names)."
+        )
+    names = dataset.features["label"].names
+    if label_names is not None and len(label_names) != len(names):
+        raise ValueError(f"label_names has {len(label_names)} names; the column {chosen['label']} has {len(names)}.")
+    return dataset, list(label_names or names)
+
+
+def _check_indices(dataset: "datasets.Dataset", column: str, label_names: Sequence[str]) -> None:
+    """Raise a ValueError where a column of indices, called `label`, has one without a name."""
+    largest = max((label for label in dataset["label"] if label is not None), default=-1)
+    if largest >= len(label_names):
+        raise ValueError(f"label_names has {len(label_names)} names; the column {column} has the index {largest}.")
 
 
 def random_crop_box(

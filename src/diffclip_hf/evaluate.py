@@ -1,0 +1,208 @@
+"""Measure DiffCLIP, or another of Transformers' CLIP-like models, as the paper does.
+
+    python -m diffclip_hf.evaluate MODEL --task zero-shot --dataset imagenet-v2 imagenet-a [--output FILE.json]
+    python -m diffclip_hf.evaluate --list
+
+MODEL is a folder or an id on the Hub. A data set is one of the presets (--list), a folder, Parquet files or an id on
+the Hub; several make a table with their means. The table goes to standard output, in percent and beside the paper's
+figures; --output writes everything that was measured, as shares of 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache, write_whole
+from .evaluation_model import Encoder
+from .evaluation_presets import (
+    METRICS,
+    TASKS,
+    TEMPLATE_SETS,
+    DatasetSpec,
+    find_dataset,
+    preset_names,
+    read_names,
+    read_preset,
+    template_texts,
+)
+from .evaluation_report import markdown_table, mean_metrics
+from .evaluation_tasks import RUN_TASK, TaskOptions
+from .machine import describe_machine, describe_versions
+
+
+logger = logging.getLogger(__name__)
+
+
+def _count_or_all(text: str) -> int | None:
+    """Return a number, or None for `all`."""
+    return None if text == "all" else int(text)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data sets", "What isn't given is the preset's, or found by the usual names.")
+    group.add_argument("--split", help="the part that is measured (test, if no preset says otherwise)")
+    group.add_argument("--train-split", help="the part that probes and few-shot classification learn from (train)")
+    group.add_argument("--validation-split", help="where a probe's regularisation is chosen (a fifth of the former)")
+    for column in ("image", "label", "caption", "pattern"):
+        group.add_argument(f"--{column}-column", metavar="NAME")
+    group.add_argument("--caption-separator", metavar="TEXT", help="what separates captions that are one text")
+    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, one a line")
+    group.add_argument(
+        "--templates",
+        nargs="+",
+        metavar="TEXT",
+        help=f"texts with {{}} for the label, or one of {', '.join(TEMPLATE_SETS)}",
+    )
+    group.add_argument("--metric", choices=METRICS, help="what stands for a data set in the table and the mean")
+
+
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
+    defaults = TaskOptions()
+    group = parser.add_argument_group("linear-probe and few-shot")
+    group.add_argument(
+        "--features",
+        choices=("pooled", "projected"),
+        default="pooled",
+        help="the image tower's output before the projection, or the normalised projection (%(default)s)",
+    )
+    group.add_argument("--ways", type=_count_or_all, default=defaults.ways, help="classes an episode, or all (5)")
+    group.add_argument("--shots", type=int, default=defaults.shots, help="training images a class (%(default)s)")
+    group.add_argument("--queries", type=_count_or_all, default=defaults.queries, help="test images a class (6)")
+    group.add_argument("--episodes", type=int, default=defaults.episodes, help="how many (%(default)s)")
+    group.add_argument("--seed", type=int, default=defaults.seed, help="of what is drawn (%(default)s)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--revision", help="of the model on the Hub")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="%(default)s")
+    group.add_argument("--attn-implementation", metavar="NAME", help="as in from_pretrained")
+    group.add_argument("--batch-size", type=int, help="images at once (8 on a CPU, else 64)")
+    group.add_argument("--num-workers", type=int, default=0, help="processes that read images (%(default)s)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffclip_hf.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder or an id on the Hub")
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", default=[], help="presets, folders, files or ids")
+    parser.add_argument("--list", action="store_true", help="list the presets and stop")
+    parser.add_argument("--output", metavar="FILE.json", type=Path)
+    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_FOLDER, help="where embeddings are kept")
+    parser.add_argument("--no-cache", action="store_true", help="keep no embeddings, and use none")
+    _add_data_options(parser)
+    _add_task_options(parser)
+    _add_model_options(parser)
+    return parser
+
+
+def list_presets() -> str:
+    """Return a Markdown table of the presets."""
+    lines = ["| preset | tasks | on the Hub |", "| --- | --- | --- |"]
+    for name in preset_names():
+        spec = read_preset(name)
+        lines.append(f"| {name} | {', '.join(spec.tasks)} | {spec.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def dataset_specs(args: argparse.Namespace) -> list[DatasetSpec]:
+    """Return what the command line says of each data set.
+
+    Raises:
+        ValueError: As `find_dataset` raises.
+    """
+    fields = {one.name for one in dataclasses.fields(DatasetSpec)} - {"name", "source", "tasks", "paper"}
+    changes = {name: value for name, value in vars(args).items() if name in fields}
+    changes["class_names"] = None if args.class_names is None else read_names(args.class_names)
+    changes["templates"] = None if args.templates is None else template_texts(args.templates)
+    return [find_dataset(name, args.task, changes) for name in args.dataset]
+
+
+def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
+    """Return what a measurement depends on: the model, its preprocessing, and where and how it runs."""
+    model, image_processor = encoder.model, encoder.processor.image_processor
+    packages = ("datasets", "scikit-learn") if task == "linear-probe" else ("datasets",)
+    return {
+        "model": {
+            "name": name,
+            "class": type(model).__name__,
+            "commit": getattr(model.config, "_commit_hash", None),
+            "weights_sha256": encoder.weights,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+        },
+        "preprocessing": {"class": type(image_processor).__name__, **image_processor.to_dict()},
+        "device": str(model.device),
+        "machine": describe_machine(),
+        "versions": describe_versions(*packages),
+    }
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure as the command line says, write the results, and return the table.
+
+    Raises:
+        ValueError: An option doesn't fit the model or the data.
+    """
+    specs = dataset_specs(args)
+    encoder = Encoder.from_pretrained(
+        args.model,
+        revision=args.revision,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        cache=EmbeddingCache(None if args.no_cache else args.cache_dir),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
+    options = TaskOptions(
+        pooled=args.features == "pooled",
+        **{name: getattr(args, name) for name in ("ways", "shots", "queries", "episodes", "seed")},
+    )
+    results = []
+    for spec in specs:
+        logger.info("%s on %s", args.task, spec.name)
+        results.append(RUN_TASK[args.task](encoder, spec, options))
+    if args.output is not None:
+        report = {"task": args.task, **describe_encoder(args.model, args.task, encoder), "results": results}
+        if len(results) > 1:
+            report["mean"] = mean_metrics(results)
+        text = json.dumps(report, indent=2, default=str) + "\n"
+        write_whole(args.output, lambda beside: beside.write_text(text, encoding="utf-8"))
+    return markdown_table(args.task, args.model, specs, results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 1, with the reason on the log, where an option or the data doesn't fit."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.list:
+        sys.stdout.write(list_presets())
+        return 0
+    if args.model is None or args.task is None or not args.dataset:
+        parser.error("MODEL, --task and --dataset are needed")
+    try:
+        sys.stdout.write(run(args))
+    except (ValueError, FileNotFoundError) as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
