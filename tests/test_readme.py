@@ -43,7 +43,7 @@ def test_the_speed_table_is_the_measured_one():
 
 
 def test_there_are_snippets():
-    assert len(PYTHON) == 6
+    assert len(PYTHON) == 8
     assert len(CONVERSION) == 2
     assert len(ONNX) == 2
 
