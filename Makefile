@@ -7,12 +7,12 @@ LABELS ?=
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types pytest pytest-oldest embedded clean
+.PHONY: demo test lint types docs pytest pytest-oldest embedded clean
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python embedded/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(LABELS),--labels "$(LABELS)")
 
-test: lint types pytest pytest-oldest
+test: lint types docs pytest pytest-oldest
 
 lint: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check .
@@ -20,6 +20,10 @@ lint: $(VENV)/.dev-ready
 
 types: $(VENV)/.dev-ready
 	$(VENV)/bin/mypy
+
+# The API reference, into build/site; a warning is an error.
+docs: $(VENV)/.dev-ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 pytest: $(VENV)/.dev-ready
 	$(VENV)/bin/python -m pytest --cov --cov-report=term
