@@ -178,7 +178,7 @@ def table(runs: list[dict], vendor: str) -> str:
         cells = []
         for name in names:
             mean, deviation = mean_and_deviation([100 * one["figures"][vendor][name] for one in group])
-            cells.append(f"{mean:.1f} ± {deviation:.1f}")
+            cells.append(f"{mean:.1f} ± {deviation:.1f}" if len(group) > 1 else f"{mean:.1f}")
         lines.append(f"| {NAMES[variant]} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -251,16 +251,16 @@ REPORT = """# The paper's four models at a small size
 
 CLIP, DiffCLIP, DiffCLIP* (λ_init by depth) and DiffCLIP† (differential attention in the image tower alone), trained
 from scratch on the drawings of emoji of the [embedded model](../../embedded/README.md), with the same architecture,
-{parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each.
-Everything on this page is made by
+{parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each (by
+default the command trains three). Everything on this page is made by
 
 ```bash
 python embedded/compare.py --cache-dir .cache/embedded --output-dir docs/comparison
 ```
 
-on {machine}. Figures are percent, the mean ± the standard deviation over the seeds; zero-shot is the own name among
-others drawn at random, recall is among all names or drawings. The settings are those of the embedded model, a
-DiffCLIP, and were not tuned for any of the four.
+on {machine}. Figures are percent, the mean ± the standard deviation over the seeds where
+there are several; zero-shot is the own name among others drawn at random, recall is among all names or drawings. The
+settings are those of the embedded model, a DiffCLIP, and were not tuned for any of the four.
 
 ## {unseen}
 
@@ -282,8 +282,8 @@ It can show that the four train alike with the same code, and how far apart seed
 models that is not clearly larger than the deviations beside it says nothing. It can't show which is better at the size
 that the paper speaks of: two million parameters against 150 million, 1,906 names drawn by seven hands against millions
 of photographs with captions, one patch grid of 6 × 6 on which there is little for an attention map to be noisy about,
-and a budget of minutes in which no model has stopped improving. The paper's own gains at ViT-B/16 are one to two
-points, which is within the deviations here.
+and a budget of minutes in which no model has stopped improving, so that what is compared is how fast they learn. With
+one seed alone it can't even show that a difference isn't the seed's.
 """
 
 
@@ -295,6 +295,8 @@ def span(values: list[int]) -> str:
 def write_report(folder: Path) -> None:
     """Make the report and its pictures of the runs in a folder."""
     runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    if not runs:
+        raise ValueError(f"There is no run in {folder / 'runs'}.")
     if len({(one["epochs"], one["steps"]) for one in runs}) != 1:
         raise ValueError(f"The runs in {folder / 'runs'} were trained for different times; they must be the same.")
     plot_curves(runs, folder / "curves.png")
