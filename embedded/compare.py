@@ -251,8 +251,8 @@ REPORT = """# The paper's four models at a small size
 
 CLIP, DiffCLIP, DiffCLIP* (λ_init by depth) and DiffCLIP† (differential attention in the image tower alone), trained
 from scratch on the drawings of emoji of the [embedded model](../../embedded/README.md), with the same architecture,
-{parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each (by
-default the command trains three). Everything on this page is made by
+{parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each
+(by default the command trains three). Everything on this page is made by
 
 ```bash
 python embedded/compare.py --cache-dir .cache/embedded --output-dir docs/comparison
