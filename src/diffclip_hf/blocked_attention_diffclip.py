@@ -137,22 +137,12 @@ def blocked_forward(
     return output
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::differential_attention", mutates_args=(), device_types="cpu")
-def blocked_differential_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    lambda_value: torch.Tensor,
-    scaling: float,
-    is_causal: bool,
-) -> torch.Tensor:
-    """`blocked_forward` with gradients, by blocks too; the arguments and the output are the same.
-
-    An operator of PyTorch's, so that `torch.compile` calls it as it is, whatever the sizes. The maps are computed
-    again in the backward pass: memory doesn't grow with tokens² beyond one block.
-    """
-    return blocked_forward(query, key, value, attention_mask, lambda_value, scaling, is_causal)
+# `blocked_forward` with gradients, by blocks too: the maps are computed again in the backward pass, so that memory
+# doesn't grow with tokens² beyond one block. An operator of PyTorch's, which `torch.compile` calls as it is, whatever
+# the sizes.
+blocked_differential_attention = torch.library.custom_op(
+    f"{_NAMESPACE}::differential_attention", blocked_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @blocked_differential_attention.register_fake

@@ -270,10 +270,10 @@ class _ImageCollator:
         processor: ProcessorMixin,
         *,
         train: bool,
-        crop_scale: Sequence[float],
-        seed: int,
-        max_skipped_share: float,
-        image_column: str,
+        crop_scale: Sequence[float] = (0.5, 1.0),
+        seed: int = 0,
+        max_skipped_share: float = 0.01,
+        image_column: str = "image",
     ):
         smallest, largest = crop_scale
         if not 0 < smallest <= largest <= 1:
@@ -412,22 +412,11 @@ class ImageTextCollator(_ImageCollator):
         self,
         processor: ProcessorMixin,
         *,
-        train: bool,
-        crop_scale: Sequence[float] = (0.5, 1.0),
-        seed: int = 0,
-        max_skipped_share: float = 0.01,
         pad_to_max_length: bool = False,
-        image_column: str = "image",
         caption_column: str = "caption",
+        **options: Any,
     ):
-        super().__init__(
-            processor,
-            train=train,
-            crop_scale=crop_scale,
-            seed=seed,
-            max_skipped_share=max_skipped_share,
-            image_column=image_column,
-        )
+        super().__init__(processor, **options)
         self.pad_to_max_length = pad_to_max_length
         self.caption_column = caption_column
 
@@ -463,25 +452,8 @@ class ImageLabelCollator(_ImageCollator):
     missing_kind = "missing_labels"
     missing_reason = "it has no label"
 
-    def __init__(
-        self,
-        processor: ProcessorMixin,
-        *,
-        train: bool,
-        crop_scale: Sequence[float] = (0.5, 1.0),
-        seed: int = 0,
-        max_skipped_share: float = 0.01,
-        image_column: str = "image",
-        label_column: str = "label",
-    ):
-        super().__init__(
-            processor,
-            train=train,
-            crop_scale=crop_scale,
-            seed=seed,
-            max_skipped_share=max_skipped_share,
-            image_column=image_column,
-        )
+    def __init__(self, processor: ProcessorMixin, *, label_column: str = "label", **options: Any):
+        super().__init__(processor, **options)
         self.label_column = label_column
 
     def _targets(self, row: Mapping[str, Any]) -> list[int]:
