@@ -23,10 +23,11 @@ import torch
 from emoji_data import HELD_OUT, TRAINING_VENDORS, Emoji, load_drawings, load_emoji
 from evaluate import figures_of
 from PIL import Image
-from train import VARIANTS, EmojiCollator, build_model, make_tokenizer, make_trainer, save
+from train import VARIANTS, EmojiCollator, build_model, make_processor, make_tokenizer, make_trainer, save
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
+from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
+from diffclip_hf.loss_diffclip import symmetric_cross_entropy
 from diffclip_hf.machine import describe_machine, describe_versions
 
 
@@ -71,12 +72,7 @@ class Measurement:
         losses = []
         for rows in order.split(LOSS_BATCH)[: len(logits) // LOSS_BATCH]:
             block = logits[rows][:, rows]
-            targets = torch.arange(len(rows))
-            both = (
-                torch.nn.functional.cross_entropy(block, targets),
-                torch.nn.functional.cross_entropy(block.t(), targets),
-            )
-            losses.append((both[0] + both[1]).item() / 2)
+            losses.append(symmetric_cross_entropy(block).item())
         figures = {name: value for name, (value, _) in figures_of(logits).items()}
         return {"loss": round(statistics.mean(losses), 4), **{name: round(v, 4) for name, v in figures.items()}}
 
@@ -115,11 +111,7 @@ def run(
     """Train one model with one seed; return its measurements, and leave the model in `work_dir`."""
     set_seed(seed)
     model = build_model(len(tokenizer), variant)
-    side = model.config.vision_config.image_size
-    image_processor = DiffCLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    processor = DiffCLIPProcessor(image_processor, tokenizer)
+    processor = make_processor(tokenizer)
     measurements = {vendor: Measurement(vendor, items, processor, cache_dir) for vendor in VENDORS}
     curves = Curves(measurements[HELD_OUT], every=max(1, epochs // 12))
     collator = EmojiCollator(items, TRAINING_VENDORS, cache_dir, tokenizer, seed)
@@ -152,7 +144,7 @@ def run(
         "machine": describe_machine(),
         "versions": describe_versions("accelerate"),
     }
-    save(model, tokenizer, work_dir)
+    save(model, processor, work_dir)
     return result
 
 

@@ -226,13 +226,18 @@ def make_trainer(
     )
 
 
-def save(model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model in float16 with its processor."""
-    model.half().save_pretrained(folder)
+def make_processor(tokenizer: PreTrainedTokenizerBase) -> DiffCLIPProcessor:
+    """Return what makes the model's inputs."""
     image_processor = DiffCLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
-    DiffCLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return DiffCLIPProcessor(image_processor, tokenizer)
+
+
+def save(model: DiffCLIPModel, processor: DiffCLIPProcessor, folder: Path) -> None:
+    """Write the model in float16 with its processor."""
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def main() -> None:
@@ -267,7 +272,7 @@ def main() -> None:
         weight_decay=args.weight_decay,
         seed=args.seed,
     ).train()
-    save(model, tokenizer, args.output_dir)
+    save(model, make_processor(tokenizer), args.output_dir)
 
 
 if __name__ == "__main__":
