@@ -42,7 +42,7 @@ $(VENV)/bin/pip:
 
 $(VENV)/.demo-ready: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --quiet torch torchvision
-	$(VENV)/bin/pip install --quiet --editable '.[demo]'
+	$(VENV)/bin/pip install --quiet --editable '.[torchvision,plotting]'
 	touch $@
 
 $(VENV)/.dev-ready: pyproject.toml | $(VENV)/bin/pip

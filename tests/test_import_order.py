@@ -53,6 +53,9 @@ ARROWS = {
         "retrieval_metrics",
         "zero_shot",
     },
+    "demo": {"demo_scores", "demo_space", "zero_shot"},
+    "demo_scores": {"image_processing_pil_diffclip", "visualization", "zero_shot"},
+    "demo_space": {"whole_folder"},
     "machine": set(),
     "whole_folder": set(),
     "train": {
@@ -108,6 +111,14 @@ def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
 
 def test_every_file_is_in_the_table():
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(ARROWS)
+
+
+def test_the_demo_works_outside_the_package():
+    """As a Space's `app.py` it has no siblings, so it names the package, by arrows of the same table."""
+    found = [node for node in imports(PACKAGE / "demo.py") if isinstance(node, ast.ImportFrom)]
+    assert not any(node.level for node in found)
+    named = [node.module.removeprefix("diffclip_hf.") for node in found if node.module.startswith("diffclip_hf.")]
+    assert set(named) == ARROWS["demo"]
 
 
 @pytest.mark.parametrize("name", ARROWS)

@@ -30,8 +30,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
         yield beside
         # mkdtemp and safetensors write for their owner alone.
         beside.chmod(0o755)
-        for file in beside.iterdir():
-            file.chmod(0o644)
+        for path in beside.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.is_dir():
             folder.rmdir()
         beside.rename(folder)
