@@ -44,6 +44,8 @@ TEMPLATE_INFO = (
     "{} stands for the label. {} alone takes labels as written: right for whole captions, and for models trained on "
     "names, such as the small emoji model. The released models were trained on captions: try “a photo of a {}.”"
 )
+# Small pictures are enlarged.
+STYLE = "#picture img, #overlay img { width: 100%; height: 100%; object-fit: contain; }"
 INTRODUCTION = """\
 # DiffCLIP in the browser
 Give a picture and some labels. The model says which label fits best, and where in the picture it looks for each.
@@ -65,31 +67,45 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
         examples: Pictures to choose from.
     """
 
-    def on_classify(path, labels, template, shown):
+    def on_classify(upload, labels, template, shown):
+        inputs = (upload, labels, template, shown)
         try:
-            classified = classify(path, labels, template, models[shown], device)
+            if shown not in models:
+                raise ValueError(f"There is no model {shown!r:.200}; choose one of {', '.join(models)}.")
+            classified = classify(upload and upload["path"], labels or "", template, models[shown], device)
             best = next(iter(classified.scores))
             drawn = draw_overlay(classified, best, device)
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), title="That can't be classified", print_exception=False) from error
         if classified.cut:
             gr.Warning(f"Longer than the model's texts, and cut: {', '.join(classified.cut)}.", title="Labels cut")
-        return classified, classified.scores, gr.Dropdown(list(classified.scores), value=best), drawn
+        return (inputs, classified), classified.scores, gr.Dropdown(list(classified.scores), value=best), drawn
 
-    def on_choose(classified, label):
-        return draw_overlay(classified, label, device) if classified and label in classified.scores else None
+    def on_choose(result, label):
+        return draw_overlay(result[1], label, device) if result and label in result[1].scores else None
 
-    def on_bar(classified, selected: gr.SelectData):
-        return selected.value, on_choose(classified, selected.value)
+    def on_bar(result, selected: gr.SelectData):
+        return selected.value, on_choose(result, selected.value)
 
-    def on_change():
+    def after_result(result, *inputs):
+        if result and result[0] == inputs:
+            return [gr.skip()] * 4
         return None, None, gr.Dropdown([], value=None), None
+
+    def on_change(result, *inputs):
+        # Without a result there's nothing to take away, and one may be under way.
+        return after_result(result, *inputs) if result else [gr.skip()] * 4
 
     with gr.Blocks(title="DiffCLIP", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column():
-                picture = gr.SimpleImage(label=f"Picture, up to {MAX_MEGABYTES} MB", elem_id="picture")
+                picture = gr.Image(
+                    label=f"Picture, up to {MAX_MEGABYTES} MB",
+                    sources=["upload", "clipboard"],
+                    height=260,
+                    elem_id="picture",
+                )
                 if examples:
                     gr.Examples([[str(path)] for path in examples], picture, label="Examples")
                 labels = gr.Textbox(
@@ -111,31 +127,35 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
                 run = gr.Button("Classify", variant="primary", elem_id="classify")
             with gr.Column():
                 bars = gr.Label(label="Scores", num_top_classes=SHOWN_BARS, show_heading=False, elem_id="scores")
-                chosen = gr.Dropdown([], label="Where the model looks for", interactive=True, elem_id="chosen")
+                chosen = gr.Dropdown(
+                    [], label="Where the model looks for this label", interactive=True, elem_id="chosen"
+                )
                 drawn = gr.Image(
-                    label="Relevance", format="png", interactive=False, buttons=["fullscreen"], elem_id="overlay"
+                    label="Relevance",
+                    format="png",
+                    height=420,
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="overlay",
                 )
                 gr.Markdown(LEGEND)
-        # Of the session, on the server.
+        # What was classified, and the result; of the session, on the server.
         state = gr.State()
+        inputs, outputs = [picture, labels, template, model], [state, bars, chosen, drawn]
         # One at a time, for a model is loaded once and takes all cores.
-        options: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        shown = [state, bars, chosen, drawn]
-        pending = [
-            run.click(on_classify, [picture, labels, template, model], shown, api_name="classify", **options),
-            chosen.input(on_choose, [state, chosen], drawn, api_name="overlay", trigger_mode="always_last", **options),
-            bars.select(on_bar, state, [chosen, drawn], api_visibility="private", **options),
+        slow: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
+        asked = [
+            run.click(on_classify, inputs, outputs, preprocess=False, api_name="classify", **slow),
+            chosen.input(on_choose, [state, chosen], drawn, trigger_mode="always_last", api_name="overlay", **slow),
+            bars.select(on_bar, state, [chosen, drawn], api_visibility="private", **slow),
         ]
-        # What is shown is never of other inputs than those beside it.
-        gr.on(
-            [part.change for part in (picture, labels, template, model)],
-            on_change,
-            outputs=shown,
-            cancels=pending,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        # A result of other inputs than those beside it goes, whether they change after it came or before.
+        for event in asked:
+            event.then(after_result, [state, *inputs], outputs, preprocess=False, **quick)
+        changes = [part.change for part in inputs]
+        gr.on(changes, on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
     return page
 
 
@@ -153,6 +173,7 @@ def serve(page: gr.Blocks, host: str | None = None, port: int | None = None) -> 
         show_error=True,
         max_file_size=f"{MAX_MEGABYTES}mb",
         footer_links=[],
+        css=STYLE,
         # Fonts of the system, so that none is fetched.
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
@@ -214,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where an option doesn't fit."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.basicConfig(format="%(levelname)s %(message)s")
     args = build_parser().parse_args(argv)
     folder = HERE / EXAMPLES if args.examples is None and (HERE / EXAMPLES).is_dir() else args.examples
     try:

@@ -1,0 +1,172 @@
+"""The web demo in a real Chromium, for its tests and for the README's picture.
+
+python tests/demo_browser.py docs/web_demo.png
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
+
+import numpy as np
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+# A loaded machine is slow; a page that works is not waited for.
+PATIENCE = 60
+LABELS = "pizza, rocket, dog face, bicycle, sunflower, snowman"
+
+
+@contextlib.contextmanager
+def served(command: list[str], folder: Path, **environment: str) -> Iterator[str]:
+    """Run a command that serves the demo, and yield its address; its errors go to `server.log` in the folder."""
+    given = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads"), **environment}
+    # As a server on the Hub is told where to listen, so these would be in the way.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and "GRADIO" not in name}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=inherited | given, cwd=folder)
+        try:
+            found = None
+            for line in process.stdout:
+                if found := re.search(rb"http://127\.0\.0\.1:\d+", line):
+                    break
+            if not found:
+                raise RuntimeError(f"The server ended: {(folder / 'server.log').read_text()[-2000:]}")
+            # Read on, so that the pipe doesn't fill up.
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            yield found[0].decode()
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@contextlib.contextmanager
+def chromium(width: int = 1200, height: int = 1000) -> Iterator[webdriver.Chrome]:
+    """Start a headless Chromium that can reach this machine alone, with its console's and network's logs."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for argument in (
+            "headless=new",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-quic",
+            "disable-dev-shm-usage",
+            "no-first-run",
+            "disable-background-networking",
+            "disable-component-update",
+            "disable-sync",
+            "no-proxy-server",
+            "hide-scrollbars",
+            "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            f"user-data-dir={profile}",
+            f"window-size={width},{height}",
+        ):
+            options.add_argument(f"--{argument}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+class DemoPage:
+    """What a person does on the page, and sees."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str):
+        self.driver, self.url = driver, url
+        driver.get(url)
+        self.wait(lambda: self.find("#classify"))
+
+    def wait(self, condition):
+        return WebDriverWait(self.driver, PATIENCE, poll_frequency=0.1).until(
+            lambda _: condition(), f"The page says: {self.driver.find_element(By.TAG_NAME, 'body').text}"
+        )
+
+    def find(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def source(self, image: str) -> str | None:
+        """Where a picture of the page is from, or None where there is none."""
+        return next((element.get_attribute("src") for element in self.find(f"#{image} img")), None)
+
+    def upload(self, path: Path) -> None:
+        self.find("#picture input[type=file]")[0].send_keys(str(path))
+
+    def upload_and_see(self, path: Path) -> None:
+        self.upload(path)
+        self.wait(lambda: (self.source("picture") or "").endswith(path.name))
+
+    def write(self, labels: str) -> None:
+        self.find("#labels textarea")[0].send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE, labels)
+
+    def template(self, text: str) -> None:
+        self.find("#template input")[0].send_keys(Keys.CONTROL, "a", Keys.NULL, text, Keys.TAB)
+
+    def press(self) -> None:
+        self.driver.execute_script("arguments[0].click()", self.find("#classify")[0])
+
+    def classify(self) -> dict[str, int]:
+        self.press()
+        self.wait(self.bars)
+        return self.bars()
+
+    def bars(self) -> dict[str, int]:
+        """Label → percent, in the order shown."""
+        texts = [element.text.splitlines() for element in self.find("#scores [data-testid$=confidence-set]")]
+        return {label: int(percent.removesuffix("%")) for label, percent in texts}
+
+    def wait_until_empty(self) -> None:
+        """Wait until neither bars nor a label nor an overlay is shown, and nothing is under way."""
+        self.wait(
+            lambda: not (self.bars() or self.chosen() or self.source("overlay") or self.find(".wrap.generating"))
+        )
+
+    def pick(self, menu: str, option: str) -> None:
+        self.find(f"#{menu} input")[0].click()
+        self.wait(lambda: self.find("[role=option]"))
+        next(element for element in self.find("[role=option]") if element.text.strip().endswith(option)).click()
+
+    def chosen(self) -> str:
+        return self.find("#chosen input")[0].get_attribute("value")
+
+    def overlay(self, after: str | None = None) -> np.ndarray:
+        """The overlay's pixels, once it is another than `after`."""
+        self.wait(lambda: self.source("overlay") not in (None, after))
+        with build_opener(ProxyHandler({})).open(self.source("overlay")) as response:
+            return np.asarray(Image.open(BytesIO(response.read())))
+
+    def message(self) -> str:
+        """Wait for a message, return it and close it."""
+        self.wait(lambda: self.find("[data-testid=toast-body]"))
+        text = self.find("[data-testid=toast-body]")[0].text
+        self.find("[data-testid=toast-close]")[0].click()
+        self.wait(lambda: not self.find("[data-testid=toast-body]"))
+        return text
+
+    def requests(self) -> list[str]:
+        """The addresses that the page has asked for since this was last asked."""
+        entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        return [
+            entry["params"]["request"]["url"]
+            for entry in entries
+            if entry["method"] == "Network.requestWillBeSent"
+            # Of the browser's own start page.
+            and not entry["params"]["documentURL"].startswith("chrome")
+        ]
