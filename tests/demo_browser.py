@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -38,21 +39,18 @@ def served(command: list[str], folder: Path, **environment: str) -> Iterator[str
     given = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads"), **environment}
     # As a server on the Hub is told where to listen, so these would be in the way.
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and "GRADIO" not in name}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=inherited | given, cwd=folder)
-        try:
-            found = None
-            for line in process.stdout:
-                if found := re.search(rb"http://127\.0\.0\.1:\d+", line):
-                    break
-            if not found:
-                raise RuntimeError(f"The server ended: {(folder / 'server.log').read_text()[-2000:]}")
-            # Read on, so that the pipe doesn't fill up.
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            yield found[0].decode()
-        finally:
-            process.terminate()
-            process.wait(30)
+    output, errors = folder / "server.out", folder / "server.log"
+    with output.open("wb") as out, errors.open("wb") as log:
+        process = subprocess.Popen(command, stdout=out, stderr=log, env=inherited | given, cwd=folder)
+    try:
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", output.read_text())):
+            if process.poll() is not None:
+                raise RuntimeError(f"The server ended: {errors.read_text()[-2000:]}")
+            time.sleep(0.1)
+        yield found[0]
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @contextlib.contextmanager
@@ -102,9 +100,14 @@ class DemoPage:
     def find(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
+    def read(self, selector: str, expression: str) -> list:
+        """What an expression says of each `element`, in one go, since elements may be replaced any time."""
+        script = f"return Array.from(document.querySelectorAll(arguments[0])).map(element => {expression})"
+        return self.driver.execute_script(script, selector)
+
     def source(self, image: str) -> str | None:
         """Where a picture of the page is from, or None where there is none."""
-        return next((element.get_attribute("src") for element in self.find(f"#{image} img")), None)
+        return next(iter(self.read(f"#{image} img", "element.src")), None)
 
     def upload(self, path: Path) -> None:
         self.find("#picture input[type=file]")[0].send_keys(str(path))
@@ -129,22 +132,36 @@ class DemoPage:
 
     def bars(self) -> dict[str, int]:
         """Label → percent, in the order shown."""
-        texts = [element.text.splitlines() for element in self.find("#scores [data-testid$=confidence-set]")]
-        return {label: int(percent.removesuffix("%")) for label, percent in texts}
+        parts = "['dt', 'dd'].map(part => element.querySelector(part).textContent.trim())"
+        found = self.read("#scores [data-testid$=confidence-set]", parts)
+        return {label: int(percent.removesuffix("%")) for label, percent in found}
 
     def wait_until_empty(self) -> None:
         """Wait until neither bars nor a label nor an overlay is shown, and nothing is under way."""
         self.wait(
-            lambda: not (self.bars() or self.chosen() or self.source("overlay") or self.find(".wrap.generating"))
+            lambda: (
+                not (
+                    self.bars()
+                    or self.chosen()
+                    or self.source("overlay")
+                    or self.find("#scores [data-testid=status-tracker]:not(.hide)")
+                )
+            )
         )
 
     def pick(self, menu: str, option: str) -> None:
         self.find(f"#{menu} input")[0].click()
-        self.wait(lambda: self.find("[role=option]"))
-        next(element for element in self.find("[role=option]") if element.text.strip().endswith(option)).click()
+        # A menu takes a press of the mouse, not a click; the chosen option has a tick.
+        script = """
+            const shown = Array.from(document.querySelectorAll("[role=option]"));
+            const found = shown.find(element => element.textContent.replace("✓", "").trim() === arguments[0]);
+            found?.dispatchEvent(new MouseEvent("mousedown", {bubbles: true}));
+            return Boolean(found);
+        """
+        self.wait(lambda: self.driver.execute_script(script, option))
 
     def chosen(self) -> str:
-        return self.find("#chosen input")[0].get_attribute("value")
+        return self.read("#chosen input", "element.value")[0]
 
     def overlay(self, after: str | None = None) -> np.ndarray:
         """The overlay's pixels, once it is another than `after`."""
@@ -154,10 +171,9 @@ class DemoPage:
 
     def message(self) -> str:
         """Wait for a message, return it and close it."""
-        self.wait(lambda: self.find("[data-testid=toast-body]"))
-        text = self.find("[data-testid=toast-body]")[0].text
-        self.find("[data-testid=toast-close]")[0].click()
-        self.wait(lambda: not self.find("[data-testid=toast-body]"))
+        text = self.wait(lambda: " ".join(self.read("[data-testid=toast-text]", "element.textContent")))
+        self.read("[data-testid=toast-close]", "element.click()")
+        self.wait(lambda: not self.find("[data-testid=toast-text]"))
         return text
 
     def requests(self) -> list[str]:
@@ -170,3 +186,28 @@ class DemoPage:
             # Of the browser's own start page.
             and not entry["params"]["documentURL"].startswith("chrome")
         ]
+
+
+def take_picture(path: Path) -> None:
+    """Write the README's picture: the page after one of the embedded model's pictures was classified."""
+    pictures = ROOT / "embedded" / "pictures"
+    command = [sys.executable, "-m", "diffclip_hf.demo", str(ROOT / "embedded" / "diffclip-emoji")]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served([*command, "--examples", str(pictures)], Path(folder)) as url,
+        chromium(1200, 1230) as driver,
+    ):
+        page = DemoPage(driver, url)
+        page.upload_and_see(pictures / "snowman.png")
+        page.write("snowman, house, dog face, cat face, rocket, pizza")
+        page.classify()
+        page.overlay()
+        driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+        # Until nothing moves.
+        time.sleep(2)
+        with Image.open(BytesIO(driver.get_screenshot_as_png())) as shot:
+            shot.convert("RGB").save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    take_picture(Path(sys.argv[1]))

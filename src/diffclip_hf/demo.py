@@ -106,8 +106,6 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
                     height=260,
                     elem_id="picture",
                 )
-                if examples:
-                    gr.Examples([[str(path)] for path in examples], picture, label="Examples")
                 labels = gr.Textbox(
                     label="Labels",
                     info=f"Separated by commas or lines, up to {MAX_LABELS}.",
@@ -125,6 +123,8 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
                 )
                 model = gr.Dropdown(list(models), label="Model", elem_id="model")
                 run = gr.Button("Classify", variant="primary", elem_id="classify")
+                if examples:
+                    gr.Examples([[str(path)] for path in examples], picture, label="Examples")
             with gr.Column():
                 bars = gr.Label(label="Scores", num_top_classes=SHOWN_BARS, show_heading=False, elem_id="scores")
                 chosen = gr.Dropdown(
