@@ -125,6 +125,25 @@ class DemoPage:
     def press(self) -> None:
         self.driver.execute_script("arguments[0].click()", self.find("#classify")[0])
 
+    def press_and_add(self, text: str) -> None:
+        """Start, write on before there can be an answer, and wait until there has been one."""
+        script = """
+            const [button, area, scores, text] = arguments;
+            window.answered = false;
+            const look = () => { window.answered ||= scores.querySelector("dt") !== null; };
+            new MutationObserver(look).observe(scores, {childList: true, subtree: true});
+            button.click();
+            area.value += text;
+            area.dispatchEvent(new Event("input", {bubbles: true}));
+        """
+        parts = [self.find(selector)[0] for selector in ("#classify", "#labels textarea", "#scores")]
+        self.driver.execute_script(script, *parts, text)
+        self.wait(lambda: self.driver.execute_script("return window.answered"))
+
+    def is_idle(self) -> bool:
+        """Whether no answer is under way."""
+        return not self.find("#scores [data-testid=status-tracker]:not(.hide)")
+
     def classify(self) -> dict[str, int]:
         self.press()
         self.wait(self.bars)
@@ -137,17 +156,8 @@ class DemoPage:
         return {label: int(percent.removesuffix("%")) for label, percent in found}
 
     def wait_until_empty(self) -> None:
-        """Wait until neither bars nor a label nor an overlay is shown, and nothing is under way."""
-        self.wait(
-            lambda: (
-                not (
-                    self.bars()
-                    or self.chosen()
-                    or self.source("overlay")
-                    or self.find("#scores [data-testid=status-tracker]:not(.hide)")
-                )
-            )
-        )
+        """Wait until neither bars nor a label nor an overlay is shown, and none is under way."""
+        self.wait(lambda: self.is_idle() and not (self.bars() or self.chosen() or self.source("overlay")))
 
     def pick(self, menu: str, option: str) -> None:
         self.find(f"#{menu} input")[0].click()

@@ -154,7 +154,7 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
         # A result of other inputs than those beside it goes, whether they change after it came or before.
         for event in asked:
             event.then(after_result, [state, *inputs], outputs, preprocess=False, **quick)
-        changes = [part.change for part in inputs]
+        changes = [picture.change, labels.change, template.change, model.change]
         gr.on(changes, on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
     return page
 
