@@ -10,10 +10,10 @@ that the command may be stopped and given again. The report and its pictures are
 import argparse
 import json
 import logging
-import os
 import re
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
 from diffclip_hf.loss_diffclip import symmetric_cross_entropy
 from diffclip_hf.machine import describe_machine, describe_versions
+from diffclip_hf.whole_files import write_whole
 
 
 matplotlib.use("Agg")
@@ -334,9 +335,7 @@ def main() -> None:
             work_dir = args.models_dir / f"{variant}-{seed}"
             logger.info("Training %s with seed %d", NAMES[variant], seed)
             result = run(variant, seed, args.epochs, items, tokenizer, args.cache_dir, work_dir)
-            beside = path.with_suffix(".new")
-            beside.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(beside, path)
+            write_whole(path, partial(Path.write_text, data=json.dumps(result, indent=1) + "\n"))
             logger.info("%s, seed %d: %s", NAMES[variant], seed, result["figures"][HELD_OUT])
     write_report(args.output_dir)
 
