@@ -41,7 +41,7 @@ from diffclip_hf import (
     add_remote_code,
 )
 from diffclip_hf.hub_cache_diffclip import sha256_of
-from diffclip_hf.whole_folder import check_new, written_whole
+from diffclip_hf.whole_files import check_new, written_whole
 
 
 logger = logging.getLogger("convert_original_checkpoint")

@@ -6,9 +6,7 @@ python conversion/convert_to_original.py diffclip-vitb16 checkpoint.pt
 import argparse
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
+from diffclip_hf.whole_files import write_whole
 
 
 logger = logging.getLogger("convert_to_original")
@@ -134,16 +133,14 @@ def convert(folder: Path, output: Path) -> None:
             "The folder's tensors, and so the file's, are %s (number of tensors), not float32.", dict(dtypes)
         )
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state_dict.items()}}, file)
-        os.chmod(beside, 0o644)
-        os.replace(beside, output)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    content = {"state_dict": {f"module.{key}": tensor for key, tensor in state_dict.items()}}
+
+    def write(beside: Path) -> None:
+        # By a file, since a path's name would become part of the archive.
+        with beside.open("wb") as file:
+            torch.save(content, file)
+
+    write_whole(output, write)
     logger.info("Wrote %s: %d tensors.", output, len(state_dict))
 
 

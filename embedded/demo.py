@@ -8,7 +8,6 @@ Prints a table of scores and writes one picture of them.
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 # Importing from the package also registers the model with the pipeline.
 from diffclip_hf.image_processing_pil_diffclip import to_rgb
+from diffclip_hf.whole_files import write_whole
 
 
 logger = logging.getLogger("demo")
@@ -169,11 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     results = classifier(pictures, candidate_labels=labels, hypothesis_template="{}")
     sys.stdout.write(table(names, answers, results) + "\n")
     whose = "Noto's drawings, unseen in training" if args.image is None else "The embedded model"
-    beside = args.output.with_name(f"{args.output.name}.new")
-    draw(pictures, names, answers, results, f"{whose}: zero-shot among {len(labels)} labels").savefig(
-        beside, format="png", dpi=120
-    )
-    os.replace(beside, args.output)
+    figure = draw(pictures, names, answers, results, f"{whose}: zero-shot among {len(labels)} labels")
+    write_whole(args.output, lambda beside: figure.savefig(beside, format="png", dpi=120))
     sys.stdout.write(f"Picture: {args.output}\n")
     return 0
 

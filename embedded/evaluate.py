@@ -5,7 +5,6 @@ python embedded/evaluate.py --model embedded/diffclip-emoji --cache-dir .cache/e
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
 from PIL import Image
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
+from diffclip_hf.whole_files import write_whole
 
 
 LABEL_SETS = (20, 100)
@@ -93,9 +93,8 @@ def main() -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     if args.report:
         content = {"vendor": args.vendor, "parameters": model.num_parameters(), "figures": report}
-        beside = args.report.with_suffix(".new")
-        beside.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(beside, args.report)
+        text = json.dumps(content, indent=2) + "\n"
+        write_whole(args.report, lambda beside: beside.write_text(text))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ of exactly one half, whatever it looks at. Every emoji is in one picture at most
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.visualization import class_attention, image_relevance
+from diffclip_hf.whole_files import write_whole
 
 
 # Layout → each drawing's side as a share of the model's image size. On "small" pictures, of the model's own size,
@@ -194,9 +194,8 @@ def main() -> None:
             "measures": MEASURES,
             "models": found,
         }
-        beside = args.report.with_suffix(".new")
-        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, args.report)
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_whole(args.report, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from diffclip_hf.evaluate import main
-from diffclip_hf.evaluation_cache import EmbeddingCache, model_fingerprint, write_whole
+from diffclip_hf.evaluation_cache import EmbeddingCache, model_fingerprint
 from diffclip_hf.evaluation_data import load_captioned, load_labelled, load_pairs
 from diffclip_hf.evaluation_model import Encoder
 from diffclip_hf.evaluation_presets import DatasetSpec
@@ -488,18 +488,6 @@ def test_a_damaged_file_of_the_cache_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(ValueError, match=f"{file} can't be read; remove it"):
         cache.get("x", {"a": 1}, lambda: torch.ones(2, 3))
-
-
-def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
-    (tmp_path / "old").write_text("old")
-
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise RuntimeError("full")
-
-    with pytest.raises(RuntimeError, match="full"):
-        write_whole(tmp_path / "old", fail)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "old")]
 
 
 # The table and the command ------------------------------------------------------------------------------------------

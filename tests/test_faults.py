@@ -39,7 +39,9 @@ RECIPE = {
 def trainer(folder: Path, model: torch.nn.Module | None = None, **kwargs) -> DiffCLIPTrainer:
     parts = {"train_dataset": kwargs.pop("train_dataset", Pairs()), "callbacks": kwargs.pop("callbacks", [])}
     if model is None:
-        model = tiny_model(vision={"attention_dropout": 0.2}, text={"attention_dropout": 0.2})
+        # In float64: sums in float32 depend on the number of threads, of which a killed process had one, and AdamW,
+        # which divides a gradient by its own size, makes large what should be 0.
+        model = tiny_model(vision={"attention_dropout": 0.2}, text={"attention_dropout": 0.2}).double()
     return DiffCLIPTrainer(model, arguments(folder, **RECIPE | kwargs), data_collator=collate, **parts)
 
 

@@ -44,7 +44,7 @@ def test_the_speed_table_is_the_measured_one():
 
 def test_there_are_snippets():
     assert len(PYTHON) == 8
-    assert len(CONVERSION) == 2
+    assert len(CONVERSION) == 3
     assert len(ONNX) == 2
 
 
@@ -63,7 +63,7 @@ def test_digits_are_learned(clone):
 
 
 def test_conversion_snippet(clone):
-    command = CONVERSION[0].strip()
+    command = CONVERSION[1].strip()
     assert command.startswith("python ")
     run([sys.executable, *command.split()[1:]], clone)
     assert (clone / "diffclip-vitb16" / "model.safetensors").is_file()
@@ -89,7 +89,8 @@ def test_from_the_hub_and_back(clone, tmp_path):
     with HubServer(tmp_path / "server") as hub:
         hub.add(SOURCE, tmp_path / "source")
         environment = hub.environment(tmp_path / "home", WRITER)
-        commands = [line.split() for line in CONVERSION[1].splitlines() if line.startswith("python ")]
+        lines = [line for code in (CONVERSION[0], CONVERSION[2]) for line in code.splitlines()]
+        commands = [line.split() for line in lines if line.startswith("python ")]
         assert len(commands) == 3
         for _, *arguments in commands:
             # The tests' token may write to this owner's repositories.

@@ -34,12 +34,13 @@ def compute_lambda(
         lambda_init: The layer's constant.
 
     Returns:
-        A tensor without dimensions, float32 whatever the vectors' dtype, since exp magnifies their rounding.
+        A tensor without dimensions, in float32 or the vectors' dtype if that is wider, since exp magnifies rounding.
 
     Source: paper arXiv 2503.06626, section 3; one λ a layer, shared by its head pairs.
     """
-    first = torch.exp(torch.sum(lambda_q1.float() * lambda_k1.float()))
-    second = torch.exp(torch.sum(lambda_q2.float() * lambda_k2.float()))
+    wide = torch.promote_types(lambda_q1.dtype, torch.float32)
+    first = torch.exp(torch.sum(lambda_q1.to(wide) * lambda_k1.to(wide)))
+    second = torch.exp(torch.sum(lambda_q2.to(wide) * lambda_k2.to(wide)))
     return first - second + lambda_init
 
 
@@ -73,7 +74,7 @@ def differential_attention_map(attentions: torch.Tensor, lambda_value: torch.Ten
 def attention_maps(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Return softmax(query · keyᵀ · scaling + mask), computed in float32.
+    """Return softmax(query · keyᵀ · scaling + mask), with the softmax in float32 or better.
 
     Args:
         query, key: (batch, num_heads, tokens, head_dim).
@@ -86,7 +87,8 @@ def attention_maps(
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if attention_mask is not None:
         scores = scores + attention_mask
-    return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
 
 
 def eager_attention_forward(

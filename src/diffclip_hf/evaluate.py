@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache, write_whole
+from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache
 from .evaluation_model import Encoder
 from .evaluation_presets import (
     METRICS,
@@ -35,6 +35,7 @@ from .evaluation_presets import (
 from .evaluation_report import markdown_table, mean_metrics
 from .evaluation_tasks import RUN_TASK, TaskOptions
 from .machine import describe_machine, describe_versions
+from .whole_files import write_whole
 
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +14,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .whole_files import write_whole
+
 
 logger = logging.get_logger(__name__)
 # What a configuration says of where it comes from rather than of what is computed; weights have a dtype of their own.
 PROVENANCE = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "embeddings"
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `path` and rename it, so that `path` is the old or the new, whatever happens.
-
-    Args:
-        path: Its folder is made.
-        write: Writes the file it's given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        # mkstemp writes for its owner alone.
-        beside.chmod(0o644)
-        os.replace(beside, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            beside.unlink()
-        raise
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -109,4 +87,4 @@ class EmbeddingCache:
         return embeds
 
 
-__all__ = ["DEFAULT_FOLDER", "EmbeddingCache", "fingerprint", "model_fingerprint", "write_whole"]
+__all__ = ["DEFAULT_FOLDER", "EmbeddingCache", "fingerprint", "model_fingerprint"]

@@ -39,7 +39,7 @@ from .configuration_diffclip import DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .machine import describe_machine, describe_versions
 from .modeling_diffclip import DiffCLIPModel
 from .remote_code import add_remote_code
-from .whole_folder import written_whole
+from .whole_files import written_whole
 
 
 logger = logging.getLogger("export_onnx")

@@ -157,9 +157,12 @@ class DiffCLIPVisionEmbeddings(nn.Module):
             return positions
         class_position, patch_positions = positions[:, :1], positions[:, 1:]
         grid = patch_positions.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
-        # In float32, since bicubic weights lose too much in half precision.
+        # In float32 or better, since bicubic weights lose too much in half precision.
         grid = nn.functional.interpolate(
-            grid.float(), size=(new_height, new_width), mode="bicubic", align_corners=False
+            grid.to(torch.promote_types(grid.dtype, torch.float32)),
+            size=(new_height, new_width),
+            mode="bicubic",
+            align_corners=False,
         ).to(positions.dtype)
         return torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
 
@@ -200,7 +203,7 @@ class DiffCLIPTextEmbeddings(nn.Module):
 
 
 class DiffCLIPRMSNorm(nn.Module):
-    """RMSNorm on the last dimension, with the mean square in float32 (`diff_norm` of the released code)."""
+    """RMSNorm on the last dimension, computed in float32 or better (`diff_norm` of the released code)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -209,11 +212,11 @@ class DiffCLIPRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Return scale · weight · x / sqrt(mean(x²) + eps), of the input's shape and dtype."""
-        wide = hidden_states.float()
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         # By the vector's norm, and the scale on the weight: a pass over x fewer for each, and on a CPU half the time.
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         normed = wide * torch.rsqrt(mean_square + self.eps)
-        return (normed * (self.weight.float() * scale)).to(hidden_states.dtype)
+        return (normed * (self.weight.to(wide.dtype) * scale)).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
@@ -298,7 +301,7 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
         self.diff_norm = DiffCLIPRMSNorm(2 * self.head_dim, eps=config.diff_norm_eps)
 
     def get_lambda(self) -> torch.Tensor:
-        """Return the layer's present λ, float32 without dimensions, differentiable in the four vectors."""
+        """Return the layer's present λ, without dimensions, in float32 or better, differentiable in its vectors."""
         return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
 
     def _attend(

@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from .whole_files import write_whole
+
 
 _PACKAGE = Path(__file__).parent
 # Every file that travels: flat, importing only its siblings.
@@ -54,10 +56,8 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, beside it first."""
-    beside = path.with_suffix(".json.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def add_remote_code(folder: str | os.PathLike) -> None:

@@ -495,6 +495,9 @@ def run(
             logger.info("Samples in %s: %s", name, collator.counts)
     if training_args.push_to_hub:
         trainer.push_to_hub()
+    # A process that leaves its group open at its exit may take the others' connections down with it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return metrics
 
 

@@ -1,10 +1,34 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside `path` and rename it, so that `path` is the old or the new, whatever happens.
+
+    Args:
+        path: Its folder is made. It becomes readable by everyone.
+        write: Writes the file it's given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        # mkstemp writes for its owner alone.
+        beside.chmod(0o644)
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        raise
 
 
 def check_new(folder: Path) -> None:
