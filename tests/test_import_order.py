@@ -56,7 +56,7 @@ ARROWS = {
     },
     "demo": {"demo_scores", "demo_space", "zero_shot"},
     "demo_scores": {"image_processing_pil_diffclip", "visualization", "zero_shot"},
-    "demo_space": {"whole_folder"},
+    "demo_space": {"whole_files"},
     "machine": set(),
     "whole_files": set(),
     "train": {

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 
-from .whole_folder import written_whole
+from .whole_files import written_whole
 
 
 EXAMPLES = "examples"
