@@ -28,7 +28,7 @@ docs: $(VENV)/.dev-ready
 pytest: $(VENV)/.dev-ready
 	$(VENV)/bin/python -m pytest --cov --cov-report=term
 
-# The lower bounds of transformers and torch, without torchvision.
+# The lower bounds of transformers and torch, without torchvision and Gradio.
 pytest-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest
 

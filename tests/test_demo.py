@@ -10,11 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demo_browser import CHROMIUM, DRIVER, LABELS, DemoPage, chromium, served
 from huggingface_hub import metadata_load
 from PIL import Image
 from tiny import TOWER
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
+
+from diffclip_hf.visualization import image_relevance, overlay
+
+
+pytest.importorskip("gradio", reason="the demo needs Gradio, which the extra `dev` has")
+pytest.importorskip("selenium", reason="it drives the browser, and the extra `dev` has it")
+
+from demo_browser import CHROMIUM, DRIVER, LABELS, DemoPage, chromium, served
 
 from diffclip_hf import demo
 from diffclip_hf.demo_scores import (
@@ -27,7 +34,6 @@ from diffclip_hf.demo_scores import (
     parse_labels,
     read_picture,
 )
-from diffclip_hf.visualization import image_relevance, overlay
 
 
 ROOT = Path(__file__).parent.parent
