@@ -90,7 +90,7 @@ def relevance_by_formula(
     gradients = torch.autograd.grad(score, mixings)
     rolled = torch.eye(count)
     for mixing, gradient in list(zip(mixings, gradients, strict=True))[first_layer:]:
-        rolled = rolled + (gradient * mixing).clamp(min=0).mean(0) @ rolled
+        rolled = rolled + (gradient.clamp(min=0) * mixing.clamp(min=0)).mean(0) @ rolled
     return rolled[token].detach()
 
 

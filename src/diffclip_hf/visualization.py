@@ -3,15 +3,13 @@
 How the signed map of differential attention enters relevance. The method of Chefer et al. takes from a layer the
 matrix A by which values are mixed, A·v, and its gradient. In differential attention that matrix is M = A1 − λ·A2 of
 each pair: the layer's output is M·v, and what comes after, the pair's RMSNorm among it, is part of the function whose
-gradient is taken, as the output projection is for A. So a layer's relevance is the mean over pairs of (∂S/∂M ⊙ M)⁺.
-An entry may be negative; where its gradient is negative too, the subtraction raises the score, and the positive part
-keeps it. Taking the two softmax maps as heads of their own, each with its own positive part, would instead count what
-both share, the noise that the subtraction removes. By the chain rule ∂S/∂A1 = ∂S/∂M and ∂S/∂A2 = −λ·∂S/∂M, hence
-
-    ∂S/∂M ⊙ M = ∂S/∂A1 ⊙ A1 + ∂S/∂A2 ⊙ A2,
-
-the sum over a pair's two heads before the positive part, which is how it is computed here. Where both maps are equal
-it is what the method gives for that one map.
+gradient is taken, as the output projection is for A. So a layer's relevance is the mean over pairs of (∂S/∂M)⁺ ⊙ M⁺,
+with ∂S/∂M = ∂S/∂A1, since A1 enters M as it is. A is never negative, so for A this is the method's (∂S/∂A ⊙ A)⁺; of M
+it counts the places that the layer looks at, M > 0, where looking raises the score. An entry below 0 is a place whose
+content is taken away. That can raise a score too, where its gradient is negative, but for being the opposite of what
+is asked for: it's the other object of a picture that is subtracted. Taking the two softmax maps as heads of their own
+would count what both share, the noise that the subtraction removes. Where both maps are equal, and λ < 1, the
+relevance is what the method gives for that one map.
 """
 
 import importlib.util
@@ -53,8 +51,8 @@ def image_relevance(
     """Return how much each patch of an image adds to its score with a text: the class token's relevance.
 
     For every image and text, S = exp(logit_scale) · cosine similarity; from R = 1, each layer of the image tower adds
-    Ā·R to R, with Ā the mean over heads of (∂S/∂A ⊙ A)⁺, or over pairs of (∂S/∂M ⊙ M)⁺ with M = A1 − λ·A2 (see the
-    module). The result is the class token's row of R, without its own column.
+    Ā·R to R, with Ā the mean over heads of (∂S/∂A)⁺ ⊙ A, or over pairs of (∂S/∂M)⁺ ⊙ M⁺ with M = A1 − λ·A2 (see
+    the module). The result is the class token's row of R, without its own column.
 
     Args:
         model: A `DiffCLIPModel` or Transformers' `CLIPModel`, in evaluation mode and with
@@ -456,8 +454,13 @@ def _relevance(
         maps: Each layer's, (batch, num_heads, tokens, tokens).
         tokens: Which token of each example, (batch,).
     """
-    chosen = tuple(maps[_layer_index(first_layer, "first_layer", len(maps)) :])
+    first = _layer_index(first_layer, "first_layer", len(maps))
+    chosen = tuple(maps[first:])
     differential = _is_differential(model, tower)
+    weights = list(chosen)
+    if differential:
+        lambdas = _lambdas(model, tower)[first:]
+        weights = [differential_attention_map(both, value) for both, value in zip(chosen, lambdas, strict=True)]
     scale = model.logit_scale.detach().float().exp().to(embeds.device)
     found = []
     for other in others.to(embeds.device):
@@ -465,11 +468,11 @@ def _relevance(
         gradients = torch.autograd.grad((scale * embeds @ other).sum(), chosen, retain_graph=True)
         # Only some rows of the product (1 + Ā_last)···(1 + Ā_first) are asked, so it is taken from its left end.
         row = one_hot(tokens, maps[0].shape[-1]).float()
-        for attention, gradient in zip(reversed(chosen), reversed(gradients), strict=True):
-            product = attention.detach().float() * gradient.float()
+        for weight, gradient in zip(reversed(weights), reversed(gradients), strict=True):
             if differential:
-                product = product.unflatten(1, (-1, 2)).sum(2)
-            mean = product.clamp(min=0).mean(1).to(row.device)
+                # ∂S/∂M is ∂S/∂A1, of each pair's first head.
+                gradient = gradient[:, 0::2]
+            mean = (gradient.float().clamp(min=0) * weight.detach().float().clamp(min=0)).mean(1).to(row.device)
             row = row + torch.matmul(row[:, None], mean)[:, 0]
         found.append(row)
     return torch.stack(found, dim=1)
