@@ -291,6 +291,8 @@ settings are those of the embedded model, a DiffCLIP, and were not tuned for any
 
 ![λ of each layer](lambda.png)
 
+Where these models look for a text is measured in [localization.json](localization.json); the main page sums it up.
+
 ## What this can and can't show
 
 It can show that the four train alike with the same code, and how far apart seeds put them: a difference between two

@@ -494,3 +494,18 @@ def test_relevance_finds_the_asked_object_more_often_than_chance():
                 assert figure["low"] > 0.5
                 shown = [format(100 * figure[end], ".1f") for end in ("mean", "low", "high")]
                 assert name == "moved" or "{} ({}–{})".format(*shown) in readme
+
+
+def test_clip_and_diffclip_trained_beside_each_other_find_it_too():
+    """On an equal budget, three seeds each; the README has the least and the largest."""
+    root = EMOJI.parent.parent
+    report = json.loads((root / "docs" / "comparison" / "localization.json").read_text(encoding="utf-8"))
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    for variant in ("clip", "diffclip"):
+        ranges = []
+        for layout in ("small", "wide"):
+            found = [report["models"][f"{variant}-{seed}"][layout]["relevance"]["hit"] for seed in range(3)]
+            assert all(figure["low"] > 0.5 for figure in found)
+            means = [100 * figure["mean"] for figure in found]
+            ranges.append(f"{min(means):.1f} to {max(means):.1f}")
+        assert " and ".join(ranges) in readme
