@@ -291,7 +291,8 @@ settings are those of the embedded model, a DiffCLIP, and were not tuned for any
 
 ![λ of each layer](lambda.png)
 
-Where these models look for a text is measured in [localization.json](localization.json); the main page sums it up.
+Where CLIP and DiffCLIP of these look for a text is in [localization.json](localization.json), and summed up [in the
+README](../../README.md#where-it-looks).
 
 ## What this can and can't show
 
