@@ -14,7 +14,6 @@ import re
 import statistics
 import textwrap
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
 from diffclip_hf.loss_diffclip import symmetric_cross_entropy
 from diffclip_hf.machine import describe_machine, describe_versions
-from diffclip_hf.whole_files import write_whole
+from diffclip_hf.whole_files import write_text_whole
 
 
 matplotlib.use("Agg")
@@ -264,8 +263,8 @@ REPORT = """# The paper's four models at a small size
 
 CLIP, DiffCLIP, DiffCLIP* (λ_init by depth) and DiffCLIP† (differential attention in the image tower alone), trained
 from scratch on the drawings of emoji of the [embedded model](../../embedded/README.md), with the same architecture,
-{parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each
-(by default the command trains three). Everything on this page is made by
+{parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each.
+Everything on this page is made by
 
 ```bash
 python embedded/compare.py --cache-dir .cache/embedded --output-dir docs/comparison
@@ -332,7 +331,7 @@ def write_report(folder: Path) -> None:
         trained=f"On {VENDORS[TRAINED]} ({TRAINED})",
         unseen_table=table(runs, HELD_OUT),
         trained_table=table(runs, TRAINED),
-        outcome="\n".join(textwrap.wrap(outcome(runs), 119)),
+        outcome=textwrap.fill(outcome(runs), 119),
     )
     (folder / "README.md").write_text(content, encoding="utf-8")
 
@@ -360,7 +359,7 @@ def main() -> None:
             work_dir = args.models_dir / f"{variant}-{seed}"
             logger.info("Training %s with seed %d", NAMES[variant], seed)
             result = run(variant, seed, args.epochs, items, tokenizer, args.cache_dir, work_dir)
-            write_whole(path, partial(Path.write_text, data=json.dumps(result, indent=1) + "\n"))
+            write_text_whole(path, json.dumps(result, indent=1) + "\n")
             logger.info("%s, seed %d: %s", NAMES[variant], seed, result["figures"][HELD_OUT])
     write_report(args.output_dir)
 

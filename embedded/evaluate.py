@@ -14,7 +14,7 @@ from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
 from PIL import Image
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
-from diffclip_hf.whole_files import write_whole
+from diffclip_hf.whole_files import write_text_whole
 
 
 LABEL_SETS = (20, 100)
@@ -93,8 +93,7 @@ def main() -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     if args.report:
         content = {"vendor": args.vendor, "parameters": model.num_parameters(), "figures": report}
-        text = json.dumps(content, indent=2) + "\n"
-        write_whole(args.report, lambda beside: beside.write_text(text))
+        write_text_whole(args.report, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

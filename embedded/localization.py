@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.visualization import class_attention, image_relevance
-from diffclip_hf.whole_files import write_whole
+from diffclip_hf.whole_files import write_text_whole
 
 
 # Layout → each drawing's side as a share of the model's image size. On "small" pictures, of the model's own size,
@@ -194,8 +194,7 @@ def main() -> None:
             "measures": MEASURES,
             "models": found,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_whole(args.report, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text_whole(args.report, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

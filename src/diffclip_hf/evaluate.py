@@ -35,7 +35,7 @@ from .evaluation_presets import (
 from .evaluation_report import markdown_table, mean_metrics
 from .evaluation_tasks import RUN_TASK, TaskOptions
 from .machine import describe_machine, describe_versions
-from .whole_files import write_whole
+from .whole_files import write_text_whole
 
 
 logger = logging.getLogger(__name__)
@@ -182,8 +182,7 @@ def run(args: argparse.Namespace) -> str:
         report = {"task": args.task, **describe_encoder(args.model, args.task, encoder), "results": results}
         if len(results) > 1:
             report["mean"] = mean_metrics(results)
-        text = json.dumps(report, indent=2, default=str) + "\n"
-        write_whole(args.output, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text_whole(args.output, json.dumps(report, indent=2, default=str) + "\n")
     return markdown_table(args.task, args.model, specs, results)
 
 

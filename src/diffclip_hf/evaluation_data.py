@@ -72,20 +72,19 @@ def load_labelled(spec: DatasetSpec, split: str) -> Labelled:
     Raises:
         ValueError: As `load_image_label_dataset` raises; the names aren't as many as the labels; or an image has none.
     """
-    names = _class_names(spec)
-    dataset, own_names = load_image_label_dataset(
+    dataset, names = load_image_label_dataset(
         spec.source,
         split=split,
         image_column=spec.image_column,
         label_column=spec.label_column,
-        label_names=names,
+        label_names=_class_names(spec),
     )
     labels = torch.tensor([-1 if label is None else label for label in dataset["label"]], dtype=torch.int64)
     if not len(labels):
         raise ValueError(f"{spec.name}: the split {split} has no images.")
     if unlabelled := int((labels < 0).sum()):
         raise ValueError(f"{spec.name}: {unlabelled} of {len(labels)} images of the split {split} have no label.")
-    return Labelled(dataset, labels, own_names if names is None else list(names), split)
+    return Labelled(dataset, labels, names, split)
 
 
 def with_names(part: Labelled, names: Sequence[str]) -> Labelled:

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .whole_files import write_whole
+from .whole_files import write_text_whole
 
 
 _PACKAGE = Path(__file__).parent
@@ -56,8 +56,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def add_remote_code(folder: str | os.PathLike) -> None:

@@ -31,6 +31,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text as UTF-8, as `write_whole` does."""
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
 def check_new(folder: Path) -> None:
     """Raise a FileExistsError unless there is no such folder, or an empty one."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
