@@ -41,7 +41,7 @@ from diffclip_hf import (
     add_remote_code,
 )
 from diffclip_hf.hub_cache_diffclip import sha256_of
-from diffclip_hf.whole_files import check_new, written_whole
+from diffclip_hf.whole_files import check_output_folder, written_whole
 
 
 logger = logging.getLogger("convert_original_checkpoint")
@@ -373,7 +373,7 @@ def convert(args: argparse.Namespace) -> None:
     """Convert as the command line says; a failure leaves nothing at `--output-dir`."""
     folder = Path(args.output_dir)
     # Before a download, not only when the folder is made.
-    check_new(folder)
+    check_output_folder(folder)
     path, variant, source = resolve_source(args)
     with written_whole(folder) as beside:
         report = convert_checked(path, beside, args, variant)
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         convert(parse_args(argv))
-    except (ConversionError, FileExistsError) as error:
+    except (ConversionError, OSError) as error:
         logger.error("%s", error)
         return 1
     return 0
