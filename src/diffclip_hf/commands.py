@@ -1,0 +1,83 @@
+"""What the package's commands share: expected errors are one line on the log, and missing extras are named."""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+
+logger = logging.getLogger(__name__)
+# What a wrong option, file, network or machine leads to; anything else is a fault, and keeps its traceback.
+EXPECTED = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    StrictDataclassError,
+    SafetensorError,
+    torch.OutOfMemoryError,
+)
+
+
+def one_line(error: BaseException, longest: int = 1000) -> str:
+    """Return an error's message in one line, of at most so many characters; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def run_command(work: Callable[[], object], log: logging.Logger = logger) -> int:
+    """Do a command's work and return its exit status: 0, or 1 with the reason on the log.
+
+    Args:
+        work: What is done. An error of the types in `EXPECTED` is one line of the log.
+        log: Where the line goes; its traceback goes there too at the level DEBUG.
+
+    Raises:
+        Exception: An error of another type, which is a fault of the program.
+    """
+    try:
+        work()
+    except EXPECTED as error:
+        log.error("%s", one_line(error))
+        log.debug("This is where it comes from.", exc_info=True)
+        return 1
+    return 0
+
+
+def missing_extra(package: str | None, extra: str) -> str:
+    """Return the sentence that says which of the project's extras brings a package."""
+    return f"{package} can't be imported; pip install 'diffclip-hf[{extra}]'."
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise an ImportError that names the extra, if one of the packages that it brings isn't installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(missing_extra(", ".join(missing), extra))
+
+
+def stop_without_extra(error: ModuleNotFoundError, extra: str, module: str) -> NoReturn:
+    """Say which extra a module needs that couldn't import a package: end a command, raise an ImportError elsewhere.
+
+    Args:
+        error: What an import raised.
+        extra: The extra that brings the package.
+        module: The `__name__` of the module that has the import.
+    """
+    # A module of the package itself that is missing is another fault.
+    if (error.name or "").split(".")[0] == __name__.split(".")[0]:
+        raise error
+    message = missing_extra(error.name, extra)
+    if module == "__main__":
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        logger.error("%s", message)
+        sys.exit(1)
+    raise ImportError(message, name=error.name) from error
+
+
+__all__ = ["EXPECTED", "missing_extra", "one_line", "require_extra", "run_command", "stop_without_extra"]

@@ -1,0 +1,376 @@
+"""Models, processors and tokenizers from a folder or the Hub, whole or not at all.
+
+Transformers goes on where a part is missing: weights that a file lacks start at random, and a tokenizer without its
+vocabulary has two tokens. The commands load by these functions, which refuse both before any work.
+"""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig
+
+from .commands import one_line
+
+
+logger = logging.getLogger(__name__)
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+# Of `from_pretrained`, what says where files are and not what the model is.
+PLACE_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+# Towers that pool at the end-of-text token's id, so that a tokenizer with another one gives wrong embeddings.
+POOLS_AT_END = ("diffclip_text_model", "clip_text_model")
+# What CLIP's first configurations have instead of the id; their text towers pool at the largest id.
+OLD_END = 2
+# Everything that Transformers raises for files that are missing, damaged or of another kind.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError, StrictDataclassError)
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return `"; did you mean …?"` with those of the words that are spelt like one, or `"."` where none is."""
+    found = difflib.get_close_matches(word, list(words), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else "."
+
+
+def _not_there(path: Path) -> str:
+    """Return the sentence that says where a path ends, and which names there are spelt like the missing one."""
+    missing, parent = path, path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        missing, parent = parent, parent.parent
+    if not parent.is_dir():
+        return f"There is no {path}."
+    near = closest(missing.name, sorted(entry.name for entry in parent.iterdir()))
+    return f"There is no {path}: the folder {parent.resolve()} has no {missing.name}{near}"
+
+
+def is_local(name: str) -> bool:
+    """Say whether a name that isn't there can only be meant as a path, for no id on the Hub is like it."""
+    return (
+        name.startswith((".", "~", "/"))
+        or name.endswith(("/", os.sep))
+        or "\\" in name
+        or re.match("[A-Za-z]:", name) is not None
+        or name.count("/") != 1
+    )
+
+
+def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> str:
+    """Return the folder or the Hub's id that a name stands for, with `~` written out; the Hub isn't asked.
+
+    A name that looks like a path, or whose first part is a folder here, is a path, unless the Hub's cache has a
+    repository of that name.
+
+    Raises:
+        ValueError: It's a path that isn't there, or an address.
+    """
+    text = os.fspath(name)
+    if not text.strip():
+        raise ValueError("A model's name is empty; name a folder or an id on the Hub.")
+    if "://" in text:
+        near = re.fullmatch(r"https?://[^/]*huggingface\.co/([^/]+/[^/?#]+).*", text)
+        hint = f", {near[1]!r}" if near else ", as in 'openai/clip-vit-base-patch16'"
+        raise ValueError(f"{text!r} is an address; name a folder or an id on the Hub{hint}.")
+    path = Path(text).expanduser()
+    if path.exists():
+        return str(path)
+    if is_local(text):
+        owner = " An id on the Hub has an owner and a name, with one slash." if "/" not in text else ""
+        raise ValueError(_not_there(path) + owner)
+    in_cache = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=text, repo_type="model"))
+    if path.parent.is_dir() and not in_cache.is_dir():
+        raise ValueError(
+            f"{_not_there(path)} To load {text} from the Hub, start from where there is no folder {path.parent}."
+        )
+    return text
+
+
+def _model_folder(name: str | os.PathLike, cache_dir: str | os.PathLike | None, *files: str) -> str:
+    """Return what `find_source` returns; raise a ValueError for a folder without any of these files."""
+    source = find_source(name, cache_dir)
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file; name the folder that save_pretrained wrote.")
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        inside = sorted(entry.parent.name for file in files for entry in folder.glob(f"*/{file}"))
+        hint = f"; there is one in {', '.join(inside[-3:])}" if inside else "; name one that save_pretrained wrote"
+        raise ValueError(f"{source} has no {' or '.join(files)}{hint}.")
+    return source
+
+
+@contextmanager
+def _named(source: str, part: str) -> Iterator[None]:
+    """Turn what Transformers raises while it loads a part into a ValueError of one line."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        first = (
+            str(error).strip().split("\n")[0].split(". If you")[0]
+            if isinstance(error, OSError)
+            else one_line(error, 400)
+        )
+        raise ValueError(f"The {part} of {source} can't be loaded: {first or type(error).__name__}") from error
+
+
+# Models -------------------------------------------------------------------------------------------------------------
+
+
+def load_config(name: str | os.PathLike, config_class: Any = AutoConfig, **options: Any) -> PreTrainedConfig:
+    """Return a model's configuration.
+
+    Args:
+        name: A folder, a configuration's file or an id on the Hub.
+        config_class: `AutoConfig`, or the class that it has to be.
+        options: As in `from_pretrained`.
+
+    Raises:
+        ValueError: There's none, it's of another kind, or it isn't valid.
+    """
+    path = Path(os.fspath(name)).expanduser()
+    source = str(path) if path.is_file() else _model_folder(name, options.get("cache_dir"), CONFIG)
+    with _named(source, "configuration"):
+        config = AutoConfig.from_pretrained(source, **options)
+    if config_class is not AutoConfig and not isinstance(config, config_class):
+        raise ValueError(
+            f"{source} holds a configuration of the kind {config.model_type!r}; it must be of "
+            f"{config_class.model_type!r}."
+        )
+    return config
+
+
+def _check_kind(source: str, config: PreTrainedConfig, model_class: Any) -> None:
+    """Raise a ValueError unless a configuration is one of those that a model class takes."""
+    if hasattr(model_class, "_model_mapping"):
+        known = model_class._model_mapping
+        found = known.get(type(config), None)
+        classes = [one for one in (found if isinstance(found, (list, tuple)) else [found]) if one is not None]
+        if classes and not any(
+            hasattr(one, "get_image_features") and hasattr(one, "get_text_features") for one in classes
+        ):
+            raise ValueError(
+                f"{source} holds a {classes[0].__name__}, which has no get_image_features and no get_text_features; "
+                "name a DiffCLIP, or another model with one tower for images and one for texts."
+            )
+        return
+    wanted = model_class.config_class
+    if not isinstance(config, wanted) and wanted not in config.sub_configs.values():
+        raise ValueError(
+            f"{source} holds a model of the kind {config.model_type!r}; {model_class.__name__} needs one of the kind "
+            f"{wanted.model_type!r}."
+        )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep Transformers' table of missing weights off the log, for `_check_weights` says it in one line."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_weights(source: str, model: Any, info: dict[str, Any], new: tuple[str, ...]) -> None:
+    """Raise a ValueError where weights were missing, of another shape, or for layers that the model hasn't."""
+    saved = ", ".join(getattr(model.config, "architectures", None) or [])
+    what = f"{type(model).__name__}" + (
+        f" (it was saved as {saved})" if saved and saved != type(model).__name__ else ""
+    )
+    if missing := [name for name in info["missing_keys"] if not name.startswith(new)]:
+        raise ValueError(f"{source} lacks weights of a {what}: {_some(missing)}.")
+    mismatched = {name: (tuple(there), tuple(wanted)) for name, there, wanted in info["mismatched_keys"]}
+    if wrong := [name for name in mismatched if not name.startswith(new)]:
+        name = min(wrong)
+        there, wanted = mismatched[name]
+        raise ValueError(
+            f"The weights of {source} aren't those of its config.json, which differ in {_some(wrong)}: {name} has the "
+            f"shape {there}; it must have {wanted}."
+        )
+    # A quantised layer has more than the model's own tensors.
+    if getattr(model.config, "quantization_config", None) is None:
+        parts = {name for name, _ in model.named_children()}
+        extra = [name for name in info["unexpected_keys"] if name.split(".")[0] in parts]
+        if extra := [name for name in extra if not name.endswith("position_ids") and not name.startswith(new)]:
+            raise ValueError(
+                f"{source} has weights that its config.json leaves no place for in a {what}: {_some(extra)}."
+            )
+    if started := sorted({*info["missing_keys"], *mismatched}):
+        logger.info("These weights of %s start anew: %s.", source, _some(started))
+
+
+def load_model(
+    name: str | os.PathLike, model_class: Any = AutoModel, *, new: Sequence[str] = (), **options: Any
+) -> Any:
+    """Return a model with all of its weights, in evaluation mode.
+
+    Args:
+        name: A folder or an id on the Hub.
+        model_class: `AutoModel`, for any with `get_image_features` and `get_text_features`, or a model's class.
+        new: Prefixes of the weights that may be missing or of another shape, and start at random.
+        options: As in `from_pretrained`.
+
+    Raises:
+        ValueError: There's no such model, it's of another kind, or weights are missing, of another shape or for layers
+            that its configuration hasn't.
+    """
+    source = _model_folder(name, options.get("cache_dir"), CONFIG, ADAPTER)
+    if not (Path(source) / ADAPTER).is_file():
+        places = {key: value for key, value in options.items() if key in PLACE_OPTIONS}
+        _check_kind(source, load_config(source, **places), model_class)
+    with _named(source, "model"), _without_report():
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if hasattr(model_class, "_model_mapping"):
+        _check_kind(source, model.config, model_class)
+    _check_weights(source, model, info, tuple(new))
+    return model
+
+
+# Processors ---------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(tokenizer: Any, config: PreTrainedConfig | None = None, name: str | os.PathLike = "") -> None:
+    """Raise a ValueError unless a tokenizer has a vocabulary and its ids are those of a model.
+
+    Args:
+        tokenizer: Any of Transformers'.
+        config: The model's or its text tower's configuration; None to look at the tokenizer alone.
+        name: Where it comes from.
+    """
+    which = f"The tokenizer of {os.fspath(name)}" if os.fspath(name) else "The tokenizer"
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.all_special_tokens):
+        raise ValueError(f"{which} has no vocabulary: its tokenizer.json, or vocab.json and merges.txt, is missing.")
+    if config is None:
+        return
+    text = config.get_text_config()
+    size, largest = getattr(text, "vocab_size", None), max(vocabulary.values())
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"{which} has ids up to {largest}; the model's vocab_size is {size}, so it is another model's tokenizer."
+        )
+    end = getattr(text, "eos_token_id", None)
+    if text.model_type not in POOLS_AT_END or end is None:
+        return
+    if end == OLD_END != tokenizer.eos_token_id:
+        if tokenizer.eos_token_id != largest:
+            raise ValueError(
+                f"{which} has the end-of-text id {tokenizer.eos_token_id}; the model pools at the largest, {largest}."
+            )
+        return
+    ends = list(end) if isinstance(end, (list, tuple)) else [end]
+    for field, found, allowed in (
+        ("eos_token_id", tokenizer.eos_token_id, ends),
+        ("bos_token_id", tokenizer.bos_token_id, [text.bos_token_id]),
+    ):
+        if allowed != [None] and found not in allowed:
+            raise ValueError(
+                f"{which} has the {field} {found}; the model's is {' or '.join(map(str, allowed))}, so it is another "
+                "model's tokenizer."
+            )
+    if not set(tokenizer("a photo")["input_ids"]) & set(ends):
+        raise ValueError(f"{which} ends no text with the end-of-text id {ends[0]}, at which the model pools.")
+
+
+def load_tokenizer(name: str | os.PathLike, tokenizer_class: Any = AutoTokenizer, **options: Any) -> Any:
+    """Return a tokenizer that has a vocabulary.
+
+    Args:
+        name: A folder or an id on the Hub.
+        tokenizer_class: `AutoTokenizer`, or a tokenizer's class.
+        options: As in `from_pretrained`.
+
+    Raises:
+        ValueError: There's none, or it has no vocabulary.
+    """
+    source = find_source(name, options.get("cache_dir"))
+    with _named(source, "tokenizer"):
+        tokenizer = tokenizer_class.from_pretrained(source, **options)
+    check_tokenizer(tokenizer, None, source)
+    return tokenizer
+
+
+def load_processor(
+    name: str | os.PathLike,
+    config: PreTrainedConfig | None = None,
+    processor_class: Any = AutoProcessor,
+    **options: Any,
+) -> Any:
+    """Return a processor with an image processor and a tokenizer, which has to be a model's.
+
+    Args:
+        name: A folder or an id on the Hub.
+        config: The model's configuration, whose ids the tokenizer must have.
+        processor_class: `AutoProcessor`, or a processor's class.
+        options: As in `from_pretrained`.
+
+    Raises:
+        ValueError: There's no such processor, a part is missing, or the tokenizer isn't the model's.
+    """
+    source = find_source(name, options.get("cache_dir"))
+    with _named(source, "processor"):
+        processor = processor_class.from_pretrained(source, **options)
+    if missing := [part for part in ("image_processor", "tokenizer") if getattr(processor, part, None) is None]:
+        raise ValueError(
+            f"{source} holds a {type(processor).__name__}, which has no {' and no '.join(missing)}; save the model's "
+            "processor there."
+        )
+    check_tokenizer(processor.tokenizer, config, source)
+    return processor
+
+
+# Machines -----------------------------------------------------------------------------------------------------------
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device that is there.
+
+    Raises:
+        ValueError: There's no such device, or it holds no numbers.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    # PyTorch raises an AssertionError for a CUDA device where it was built without CUDA.
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"The device {str(device)!r} can't be used: {reason}.") from error
+    if found.type == "meta":
+        raise ValueError("The device 'meta' holds no numbers; name another, such as 'cpu'.")
+    return found
+
+
+__all__ = [
+    "check_device",
+    "check_tokenizer",
+    "closest",
+    "find_source",
+    "is_local",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+]
