@@ -6,7 +6,6 @@ python conversion/push_to_hub.py diffclip-vitb16 ORG/NAME --dataset cc12m
 import argparse
 import json
 import logging
-import re
 import shutil
 import sys
 import tempfile
@@ -25,24 +24,13 @@ from safetensors import SafetensorError, safe_open
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, add_remote_code
 from diffclip_hf.hub_cache_diffclip import sha256_of
-from diffclip_hf.remote_code import CODE_FILES
+from diffclip_hf.remote_code import CODE_FILES, WEIGHTS, files_to_share
 
 
 logger = logging.getLogger("push_to_hub")
 
 PICKLES = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 REQUIRED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL = (
-    REPORT_FILE,
-    "added_tokens.json",
-    "generation_config.json",
-    "LICENSE",
-    "merges.txt",
-    "preprocessor_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-)
 
 
 class PushError(Exception):
@@ -71,16 +59,12 @@ def check_folder(folder: Path) -> list[Path]:
             f"DIR {folder} holds a {config.get('model_type')!r} of class {config.get('architectures')}; it must be a "
             "'diffclip' of class ['DiffCLIPModel']."
         )
-    weights = sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
-    if not any(path.suffix == ".safetensors" for path in weights):
-        raise PushError(f"DIR {folder} has no model.safetensors.")
-    check_weights([path for path in weights if path.suffix == ".safetensors"], folder)
-    others = [folder / name for name in (*REQUIRED, *OPTIONAL) if (folder / name).is_file()]
-    chosen = {*weights, *others, *(folder / name for name in CODE_FILES)}
-    left_out = sorted(path.name for path in folder.iterdir() if path not in chosen)
-    if left_out:
-        logger.warning("Left out, as no part of a DiffCLIP repository: %s.", ", ".join(left_out))
-    return [*weights, *others]
+    try:
+        files = files_to_share(folder, also=[REPORT_FILE])
+    except ValueError as error:
+        raise PushError(f"DIR {error}") from error
+    check_weights([path for path in files if path.suffix == ".safetensors"], folder)
+    return files
 
 
 def check_weights(weights: Iterable[Path], folder: Path) -> None:
