@@ -371,6 +371,7 @@ def test_auto_map_names_both_backends_where_the_code_travels(backend, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "image_processing_diffclip.py",
         "image_processing_pil_diffclip.py",
+        "image_reading.py",
         "preprocessor_config.json",
     ]
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())

@@ -5,7 +5,8 @@ from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.utils import is_torchvision_available, requires_backends
 
-from .image_processing_pil_diffclip import SLIPEvaluationTransform, array_to_rgb, to_rgb
+from .image_processing_pil_diffclip import SLIPEvaluationTransform, array_to_rgb
+from .image_reading import to_rgb
 
 
 if is_torchvision_available():

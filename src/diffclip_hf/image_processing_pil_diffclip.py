@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
@@ -14,9 +14,10 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
-    load_image,
 )
 from transformers.utils import logging
+
+from .image_reading import SIXTEEN_BIT_STEP, check_size, read_image, to_rgb
 
 
 if TYPE_CHECKING:
@@ -31,53 +32,6 @@ AUTO_MAP = {
     "pil": "image_processing_pil_diffclip.DiffCLIPImageProcessorPil",
 }
 CHANNELS = (1, 3, 4)
-SIXTEEN_BIT_STEP = 257  # 65535 / 255
-SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-
-
-def _require_pixels(height: int, width: int) -> None:
-    """Raise a ValueError for an image without pixels."""
-    if height < 1 or width < 1:
-        raise ValueError(f"An image has height {height} and width {width}; both must be at least 1 pixel.")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a Pillow image of any mode into an upright 8-bit RGB image.
-
-    The EXIF orientation is applied. Whatever is transparent (RGBA, LA, PA, or a transparent colour of a palette or of
-    a PNG) is laid over white. 16-bit greyscale (I;16, and I with values up to 65535) is divided by 257 and rounded,
-    where Pillow would clip it at 255. 1-bit, L, P, CMYK, YCbCr, LAB and HSV are converted as Pillow does, without
-    colour profiles.
-
-    Args:
-        image: Any size from 1×1.
-
-    Raises:
-        ValueError: The image has no pixels; its mode is F, whose range isn't known; or its mode is I and a value is
-            outside 0..65535.
-    """
-    _require_pixels(image.height, image.width)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError(
-            "The image's mode is F, floating point, which says nothing of its range; scale it to 0..255 and convert "
-            "it to L or RGB first."
-        )
-    if image.mode in SIXTEEN_BIT_MODES:
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ValueError(
-                f"The image's mode is {image.mode} and its values are {samples.min()}..{samples.max()}; they must be "
-                "in 0..65535."
-            )
-        levels = (samples + SIXTEEN_BIT_STEP // 2) // SIXTEEN_BIT_STEP
-        if "transparency" in image.info:
-            levels[samples == image.info["transparency"]] = 255
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
 
 
 def _channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None) -> bool:
@@ -132,7 +86,7 @@ def array_to_rgb(
     channels, height, width = image.shape
     if channels not in CHANNELS:
         raise ValueError(f"An image has {channels} channels; it must have {', '.join(map(str, CHANNELS))}.")
-    _require_pixels(height, width)
+    check_size(width, height)
 
     white = 255.0
     if image.dtype == torch.bool:
@@ -167,20 +121,16 @@ def array_to_rgb(
 
 
 def fetch_images(images: Any) -> Any:
-    """Replace every path in a nest of lists by its image, through `to_rgb`, and leave images as they are.
-
-    URLs and base64 strings go through Transformers' `load_image`, which drops the alpha channel.
+    """Read each path, URL, base64 text and bytes in a nest of lists by `read_image`, and leave images as they are.
 
     Raises:
-        TypeError: Something is neither an image, an array, a tensor, nor a string or path.
+        TypeError: Something is neither an image, an array, a tensor, nor one of these.
+        ValueError: As `read_image` raises.
     """
     if isinstance(images, (list, tuple)):
         return [fetch_images(image) for image in images]
-    if isinstance(images, (str, os.PathLike)):
-        if not os.path.isfile(images):
-            return load_image(os.fspath(images))
-        with Image.open(images) as image:
-            return to_rgb(image)
+    if isinstance(images, (str, os.PathLike, bytes)):
+        return read_image(images)
     if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
         return images
     raise TypeError(

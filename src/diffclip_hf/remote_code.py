@@ -43,6 +43,7 @@ CODE_FILES = (
     "attention_diffclip.py",
     "loss_diffclip.py",
     "modeling_diffclip.py",
+    "image_reading.py",
     "image_processing_pil_diffclip.py",
     "image_processing_diffclip.py",
     "processing_diffclip.py",
