@@ -325,7 +325,7 @@ def test_plain_indices_with_names_from_a_file(tmp_path):
     found = load_labelled(spec, "test")
     assert (found.names, found.labels.tolist()) == (["an ant", "a bee"], [1, 0])
     (tmp_path / "rows" / "classnames.txt").write_text("an ant\n")
-    with pytest.raises(ValueError, match="label_names has 1 names; the column cls has the index 1"):
+    with pytest.raises(ValueError, match="label_names has 1 names; the column cls has the label 1"):
         load_labelled(spec, "test")
     with pytest.raises(ValueError, match="indices with names"):
         load_labelled(DatasetSpec("rows", str(tmp_path / "rows"), label_column="cls"), "test")

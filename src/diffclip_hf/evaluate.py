@@ -28,12 +28,12 @@ from .evaluation_presets import (
     DatasetSpec,
     find_dataset,
     preset_names,
-    read_names,
     read_preset,
     template_texts,
 )
 from .evaluation_report import markdown_table, mean_metrics
 from .evaluation_tasks import RUN_TASK, TaskOptions
+from .label_names import read_label_names
 from .machine import describe_machine, describe_versions
 from .whole_files import write_text_whole
 
@@ -54,7 +54,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     for column in ("image", "label", "caption", "pattern"):
         group.add_argument(f"--{column}-column", metavar="NAME")
     group.add_argument("--caption-separator", metavar="TEXT", help="what separates captions that are one text")
-    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, one a line")
+    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, one a line or as JSON")
     group.add_argument(
         "--templates",
         nargs="+",
@@ -127,7 +127,7 @@ def dataset_specs(args: argparse.Namespace) -> list[DatasetSpec]:
     """
     fields = {one.name for one in dataclasses.fields(DatasetSpec)} - {"name", "source", "tasks", "paper"}
     changes = {name: value for name, value in vars(args).items() if name in fields}
-    changes["class_names"] = None if args.class_names is None else read_names(args.class_names)
+    changes["class_names"] = None if args.class_names is None else read_label_names(args.class_names)
     changes["templates"] = None if args.templates is None else template_texts(args.templates)
     return [find_dataset(name, args.task, changes) for name in args.dataset]
 

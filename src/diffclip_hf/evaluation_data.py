@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from .evaluation_presets import DatasetSpec, read_names
+from .evaluation_presets import DatasetSpec
+from .label_names import match_labels, name_labels, read_label_names, renumbered, wrong_labels
 from .training_counts import non_empty_captions
 from .training_data import load_image_label_dataset, load_image_text_dataset
 
@@ -57,13 +58,13 @@ class Captioned:
     split: str
 
 
-def _class_names(spec: DatasetSpec) -> tuple[str, ...] | None:
+def _class_names(spec: DatasetSpec) -> tuple[str, ...] | Mapping[str, str] | None:
     """Return the names that a description gives, if any."""
     if spec.class_names is not None or spec.class_names_file is None:
         return spec.class_names
     if os.path.isdir(spec.source):
-        return read_names(Path(spec.source) / spec.class_names_file)
-    return read_names(Path(hf_hub_download(spec.source, spec.class_names_file, repo_type="dataset")))
+        return read_label_names(Path(spec.source) / spec.class_names_file)
+    return read_label_names(Path(hf_hub_download(spec.source, spec.class_names_file, repo_type="dataset")))
 
 
 def load_labelled(spec: DatasetSpec, split: str) -> Labelled:

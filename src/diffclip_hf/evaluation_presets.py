@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from .label_names import read_label_names
 from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL
 
 
@@ -41,8 +42,8 @@ class DatasetSpec:
         image_column, label_column, caption_column: Where they aren't called as usual.
         pattern_column: What a pair's visual pattern is called, for `mmvp`.
         caption_separator: What separates an image's captions where they are one text.
-        class_names: Each label's name in texts, in the labels' order, instead of the data set's own.
-        class_names_file: The same, a name a line, in a file of `source`.
+        class_names: Each label's name in texts, instead of the data set's own; see `name_labels` for which is whose.
+        class_names_file: The same, in a file of `source`, as `read_label_names` reads it.
         templates: Texts with `{}` for the label, or for MMVP's statement.
         metric: `"accuracy"`, or `"mean_per_class"`, the mean of every class's accuracy.
         paper: The paper's figures in percent: task → metric → model → figure.
@@ -62,7 +63,7 @@ class DatasetSpec:
     caption_column: str | None = None
     pattern_column: str | None = None
     caption_separator: str | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | Mapping[str, str] | None = None
     class_names_file: str | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     metric: str = "accuracy"
@@ -85,11 +86,6 @@ def template_texts(templates: Sequence[str] | str) -> tuple[str, ...]:
     return TEMPLATE_SETS.get(texts[0], texts) if len(texts) == 1 else texts
 
 
-def read_names(path: Any) -> tuple[str, ...]:
-    """Return the lines of a file of names."""
-    return tuple(path.read_text(encoding="utf-8").splitlines())
-
-
 def preset_names() -> list[str]:
     """Return the names of the package's presets, sorted."""
     return sorted(entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
@@ -104,7 +100,7 @@ def read_preset(name: str) -> DatasetSpec:
     content = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
     indices = content.pop("class_indices", None)
     if "class_names" in content:
-        names = read_names(PRESETS / content["class_names"])
+        names = read_label_names(PRESETS / content["class_names"])
         content["class_names"] = names if indices is None else tuple(names[index] for index in indices)
     if "templates" in content:
         content["templates"] = template_texts(content["templates"])
@@ -153,7 +149,6 @@ __all__ = [
     "DatasetSpec",
     "find_dataset",
     "preset_names",
-    "read_names",
     "read_preset",
     "template_texts",
 ]

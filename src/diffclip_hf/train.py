@@ -30,6 +30,7 @@ from transformers.utils import is_peft_available
 from .checkpoints import last_checkpoint
 from .configuration_diffclip import DiffCLIPConfig
 from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
+from .label_names import match_labels, renumbered
 from .modeling_diffclip import DiffCLIPForImageClassification, DiffCLIPModel
 from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
 from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
@@ -391,7 +392,7 @@ def classification_parts(
     """Return what trains a `DiffCLIPForImageClassification` on images with labels.
 
     Raises:
-        ValueError: The labels of the two data sets differ.
+        ValueError: eval_data has a label that train_data lacks.
     """
     columns = {"image_column": data_args.image_column, "label_column": data_args.label_column}
     assert data_args.train_data is not None
@@ -401,8 +402,7 @@ def classification_parts(
         eval_dataset, eval_labels = load_image_label_dataset(
             data_args.eval_data, split=data_args.eval_split, **columns
         )
-        if eval_labels != labels:
-            raise ValueError(f"eval_data has the labels {eval_labels}; they must be those of train_data, {labels}.")
+        eval_dataset = renumbered(eval_dataset, match_labels(eval_labels, labels, "eval_data", "train_data"))
     model, processor = build_model(model_args, labels)
     train_collator, eval_collator = (
         ImageLabelCollator(

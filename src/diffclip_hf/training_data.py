@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 from transformers import ProcessorMixin
 
 from .image_processing_pil_diffclip import to_rgb
+from .label_names import name_labels, own_labels, renumbered, wrong_labels
 from .training_counts import SkipCounts, non_empty_captions
 from .training_shards import ImageTextShards, expand_braces, names_shards
 
@@ -134,31 +135,22 @@ def load_image_text_dataset(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def load_image_label_dataset(
+def load_own_labels(
     source: str,
     *,
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
-    label_names: Sequence[str] | None = None,
     **load_options: Any,
-) -> "tuple[datasets.Dataset, list[str]]":
-    """Open labelled images wherever they are, for `ImageLabelCollator`.
+) -> "tuple[datasets.Dataset, list[str], str]":
+    """Open labelled images as `load_image_label_dataset` does, with what the labels and their column are called there.
 
-    Returns a map-style data set with the columns `image`, undecoded, and `label`, an index; and the labels' names.
-
-    Args:
-        source: As in `load_image_text_dataset`, but for tar shards; or a folder with one folder of images a label.
-        split: Which part of the data set.
-        image_column: As in `load_image_text_dataset`.
-        label_column: What the labels' column is called, if not by one of the usual names (`LABEL_COLUMNS`). It has
-            names with its indices (`ClassLabel`), or strings, which are numbered in alphabetical order.
-        label_names: The labels' names, instead of the column's own; a column of plain indices needs them.
-        load_options: For `datasets.load_dataset`.
+    Plain indices are called by their numbers, up to the largest that there is. The arguments are those of
+    `load_image_label_dataset`.
 
     Raises:
-        ValueError: A column isn't found or isn't the only one of its kind, the labels have no names or aren't as many
-            as `label_names`, or the split isn't there.
+        ValueError: A column isn't found or isn't the only one of its kind, labels are of another type, or the split
+            isn't there.
     """
     import datasets
 
@@ -173,28 +165,46 @@ def load_image_label_dataset(
     dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
     # Before the labels are numbered, which goes through every row.
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    return *own_labels(dataset, chosen["label"]), chosen["label"]
+
+
+def load_image_label_dataset(
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | Mapping[str, str] | None = None,
+    **load_options: Any,
+) -> "tuple[datasets.Dataset, list[str]]":
+    """Open labelled images wherever they are, for `ImageLabelCollator`.
+
+    Returns a map-style data set with the columns `image`, undecoded, and `label`, an index; and the labels' names.
+
+    Args:
+        source: As in `load_image_text_dataset`, but for tar shards; or a folder with one folder of images a label.
+        split: Which part of the data set.
+        image_column: As in `load_image_text_dataset`.
+        label_column: What the labels' column is called, if not by one of the usual names (`LABEL_COLUMNS`). It has
+            names with its indices (`ClassLabel`), or strings, which are numbered in alphabetical order.
+        label_names: The labels' names, instead of the column's own; a column of plain indices needs them. A mapping
+            from label to name, or a list: see `name_labels` for which is whose.
+        load_options: For `datasets.load_dataset`.
+
+    Raises:
+        ValueError: A column isn't found or isn't the only one of its kind, the labels have no names, it isn't sure
+            which of `label_names` are theirs, or the split isn't there.
+    """
+    import datasets
+
+    dataset, own, column = load_own_labels(
+        source, split=split, image_column=image_column, label_column=label_column, **load_options
+    )
     feature = dataset.features["label"]
-    if getattr(feature, "dtype", None) in ("string", "large_string"):
-        dataset = dataset.class_encode_column("label")
-    elif label_names is not None and isinstance(feature, datasets.Value) and "int" in feature.dtype:
-        _check_indices(dataset, chosen["label"], label_names)
-        return dataset, list(label_names)
-    elif not isinstance(feature, datasets.ClassLabel):
-        raise ValueError(
-            f"The column {chosen['label']} is {feature}; labels must be ClassLabel or strings, or indices with names "
-            "(label_names)."
-        )
-    names = dataset.features["label"].names
-    if label_names is not None and len(label_names) != len(names):
-        raise ValueError(f"label_names has {len(label_names)} names; the column {chosen['label']} has {len(names)}.")
-    return dataset, list(label_names or names)
-
-
-def _check_indices(dataset: "datasets.Dataset", column: str, label_names: Sequence[str]) -> None:
-    """Raise a ValueError where a column of indices, called `label`, has one without a name."""
-    largest = max((label for label in dataset["label"] if label is not None), default=-1)
-    if largest >= len(label_names):
-        raise ValueError(f"label_names has {len(label_names)} names; the column {column} has the index {largest}.")
+    if label_names is None and not isinstance(feature, datasets.ClassLabel):
+        raise wrong_labels(column, feature)
+    indices, names = name_labels(own, label_names, column)
+    return renumbered(dataset, indices), names
 
 
 def random_crop_box(
@@ -472,5 +482,6 @@ __all__ = [
     "decode_crop",
     "load_image_label_dataset",
     "load_image_text_dataset",
+    "load_own_labels",
     "random_crop_box",
 ]
