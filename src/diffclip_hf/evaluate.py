@@ -54,7 +54,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     for column in ("image", "label", "caption", "pattern"):
         group.add_argument(f"--{column}-column", metavar="NAME")
     group.add_argument("--caption-separator", metavar="TEXT", help="what separates captions that are one text")
-    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, one a line or as JSON")
+    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, or JSON")
     group.add_argument(
         "--templates",
         nargs="+",

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from .evaluation_presets import DatasetSpec
-from .label_names import match_labels, name_labels, read_label_names, renumbered, wrong_labels
+from .label_names import read_label_names
 from .training_counts import non_empty_captions
 from .training_data import load_image_label_dataset, load_image_text_dataset
 

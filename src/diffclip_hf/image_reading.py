@@ -312,7 +312,7 @@ def _open_text(text: str) -> Image.Image:
     if os.path.exists(text):
         return _open_path(text)
     if re.match(r"[a-z][a-z0-9+]+://", text):
-        return _open_elsewhere(text)
+        return _open_encoded(io.BytesIO(_read_elsewhere(text)), f"The file {text!r:.200}")
     if len(text) >= _LEAST_BASE64 and (data := _base64(text)) is not None:
         try:
             return _open_encoded(io.BytesIO(data), "The base64 text")
@@ -331,8 +331,8 @@ def _open_path(path: str) -> Image.Image:
     return _open_encoded(path, f"The file {path!r:.200}")
 
 
-def _open_elsewhere(path: str) -> Image.Image:
-    """Open a path of another file system, such as a zip file's, as `datasets` does."""
+def _read_elsewhere(path: str) -> bytes:
+    """Return a file of another file system, such as a zip file's, as `datasets` reads it."""
     # What huggingface_hub brings.
     import fsspec  # type: ignore[import-untyped]
 
@@ -344,7 +344,32 @@ def _open_elsewhere(path: str) -> Image.Image:
         raise ValueError(f"The file {path!r:.200} can't be read: {_one_line(error)}") from error
     if len(data) > URL_MEGABYTES * 1_000_000:
         raise ValueError(f"The file {path!r:.200} is larger than {URL_MEGABYTES} MB.")
-    return _open_encoded(io.BytesIO(data), f"The file {path!r:.200}")
+    return data
+
+
+def read_encoded(image: Mapping[str, Any] | None) -> bytes:
+    """Return the bytes of a picture as `datasets` holds it undecoded, wherever they are.
+
+    Args:
+        image: A mapping with `bytes`, or with a `path` of a file, an http(s) URL or what fsspec opens.
+
+    Raises:
+        ValueError: There are none, or they can't be read.
+    """
+    if image is None or (image.get("bytes") is None and not image.get("path")):
+        raise ValueError("There is no image.")
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    path = os.fspath(image["path"])
+    if _is_url(path):
+        return _fetch(path)
+    if not os.path.exists(path) and re.match(r"[a-z][a-z0-9+]+://", path):
+        return _read_elsewhere(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"The file {path!r:.200} can't be read: {error.strerror}.") from error
 
 
 def _open_any(source: Any) -> Image.Image:
@@ -408,4 +433,4 @@ def read_image(source: Any) -> Image.Image:
             raise ValueError(f"The picture is damaged: {_one_line(error)}") from error
 
 
-__all__ = ["check_size", "open_image", "orientation", "read_image", "to_rgb"]
+__all__ = ["check_size", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]

@@ -99,7 +99,7 @@ def _by_position(labels: Sequence[str], names: Sequence[str], column: str) -> li
     if list(labels) == sorted(labels) != natural:
         first = next(index for index, label in enumerate(labels) if label != natural[index])
         raise ValueError(
-            f"The labels of the column {column} are in the order of text, {labels[first]!r} before {natural[first]!r}; "
+            f"The labels of the column {column} are sorted as text, {labels[first]!r} before {natural[first]!r}; "
             f"it isn't sure that names given in order are theirs. Make the numbers equally long, {MEND}."
         )
     own, given = [_plain(label) for label in labels], [_plain(name) for name in names]
