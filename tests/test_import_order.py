@@ -25,8 +25,9 @@ ARROWS = {
         "loss_diffclip",
     },
     # The two image processors name each other for Transformers' copying of files; at run time the arrow is one way.
-    "image_processing_pil_diffclip": {"image_processing_diffclip"},
-    "image_processing_diffclip": {"image_processing_pil_diffclip"},
+    "image_processing_pil_diffclip": {"image_processing_diffclip", "image_reading"},
+    "image_processing_diffclip": {"image_processing_pil_diffclip", "image_reading"},
+    "image_reading": set(),
     "processing_diffclip": {"image_processing_diffclip", "image_processing_pil_diffclip"},
     "remote_code": {"whole_files"},
     "export_onnx": {"configuration_diffclip", "machine", "modeling_diffclip", "remote_code", "whole_files"},
@@ -87,7 +88,7 @@ ARROWS = {
     },
     "version": set(),
     "visualization": {"attention_diffclip"},
-    "zero_shot": {"image_processing_pil_diffclip"},
+    "zero_shot": {"image_reading", "processing_diffclip"},
     "zero_shot_templates": set(),
     "__init__": {
         "attention_diffclip",

@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from .image_processing_pil_diffclip import fetch_images, to_rgb
+from .image_reading import read_image
+from .processing_diffclip import check_text
 
 
 # What a folder's pictures are called, in lower case.
@@ -54,11 +55,22 @@ def _is_folder(images: Any) -> bool:
     return isinstance(images, (str, os.PathLike)) and os.path.isdir(images)
 
 
+def _is_encoded(images: Any) -> bool:
+    """Say whether something is what `datasets` holds of an image that isn't decoded."""
+    return isinstance(images, Mapping) and 0 < len(images) and images.keys() <= {"bytes", "path"}
+
+
 def _is_single(images: Any) -> bool:
     """Say whether something is one image rather than several."""
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim < 4
-    return isinstance(images, (str, os.PathLike, Image.Image)) and not _is_folder(images)
+    if isinstance(images, (str, os.PathLike)):
+        return not _is_folder(images)
+    return (
+        isinstance(images, (bytes, bytearray, memoryview, Image.Image))
+        or _is_encoded(images)
+        or hasattr(images, "read")
+    )
 
 
 def _with_folders_listed(images: Iterable[Any]) -> Iterator[Any]:
@@ -72,10 +84,10 @@ def _with_folders_listed(images: Iterable[Any]) -> Iterator[Any]:
 
 def _sources(images: Any) -> tuple[Iterable[Any], int | None]:
     """Return what yields the single images, unread, and how many there are, or None where that isn't known."""
-    if isinstance(images, Mapping):
-        raise ValueError(f"images is a mapping of {', '.join(map(repr, images))}; pass one of its values.")
     if _is_single(images):
         return [images], 1
+    if isinstance(images, Mapping):
+        raise ValueError(f"images is a mapping of {', '.join(map(repr, images))}; pass one of its values.")
     if _is_folder(images):
         images = image_files(images)
     elif isinstance(images, (list, tuple)):
@@ -124,6 +136,10 @@ def label_texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list
     for label, names in entries:
         if not names or not all(isinstance(name, str) for name in (label, *names)):
             raise ValueError(f"labels has {label!r} with the names {names!r}; each must be a string, with a name.")
+        for name in (label, *names):
+            check_text(name)
+    if isinstance(templates, bytes) or not isinstance(templates, Iterable):
+        raise ValueError(f"templates is {templates!r}; it must be a string or strings, with {{}} for the label.")
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not templates:
         raise ValueError("templates is empty; it must have at least one template.")
@@ -134,6 +150,7 @@ def label_texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list
             fits = False
         if not fits:
             raise ValueError(f"templates has {template!r}; each must be a string with {{}} where the label belongs.")
+        check_text(template)
     rows = [
         (template.format(name), index)
         for index, (_, names) in enumerate(entries)
@@ -153,6 +170,8 @@ def mean_label_embeds(text_embeds: torch.Tensor, indices: Sequence[int], labels:
 def _unreadable(index: int, source: Any, error: Exception) -> ValueError:
     """Return the error that says which image can't be read, and why."""
     name = f" ({os.fspath(source)!r:.200})" if isinstance(source, (str, os.PathLike)) else ""
+    # The reader names what it read.
+    name = "" if name[2:-1] in str(error) else name
     return ValueError(f"Image {index}{name} can't be read: {error}")
 
 
@@ -303,7 +322,7 @@ class ZeroShotClassifier:
                 return
             except Exception as error:
                 raise _unreadable(index, None, error) from error
-            if isinstance(source, Mapping):
+            if isinstance(source, Mapping) and not _is_encoded(source):
                 image_column = image_column or _image_column(sources)
                 if image_column not in source:
                     raise ValueError(f"Row {index} has the columns {list(source)}, and no {image_column!r}.")
@@ -317,7 +336,7 @@ class ZeroShotClassifier:
     def _pixel_values(self, source: Any) -> torch.Tensor:
         if not _is_single(source):
             raise ValueError(f"it is of type {type(source).__name__}, which isn't an image's, a path's or a URL's.")
-        image = to_rgb(source) if isinstance(source, Image.Image) else fetch_images(source)
+        image = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_image(source)
         return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
 
     def _image_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
