@@ -57,7 +57,7 @@ def _is_folder(images: Any) -> bool:
 
 def _is_encoded(images: Any) -> bool:
     """Say whether something is what `datasets` holds of an image that isn't decoded."""
-    return isinstance(images, Mapping) and 0 < len(images) and images.keys() <= {"bytes", "path"}
+    return isinstance(images, Mapping) and len(images) > 0 and images.keys() <= {"bytes", "path"}
 
 
 def _is_single(images: Any) -> bool:
