@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from tiny import randomised
@@ -31,8 +32,9 @@ from transformers import (
 )
 
 from diffclip_hf.evaluate import main
-from diffclip_hf.evaluation_cache import EmbeddingCache, model_fingerprint
+from diffclip_hf.evaluation_cache import EmbeddingCache
 from diffclip_hf.evaluation_data import load_captioned, load_labelled, load_pairs
+from diffclip_hf.evaluation_keys import model_fingerprint
 from diffclip_hf.evaluation_model import Encoder
 from diffclip_hf.evaluation_presets import DatasetSpec
 from diffclip_hf.evaluation_report import markdown_table
@@ -348,7 +350,7 @@ def test_images_without_a_label_or_a_caption(tmp_path):
         }
     )
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "rows"))
-    with pytest.raises(ValueError, match="1 of 2 images of the split test have no label"):
+    with pytest.raises(ValueError, match="rows: row 1 of the split test has no label"):
         load_labelled(DatasetSpec("rows", str(tmp_path / "rows")), "test")
     with pytest.raises(ValueError, match="row 1 of the split test has no caption"):
         load_captioned(DatasetSpec("rows", str(tmp_path / "rows")), "test")
@@ -383,7 +385,7 @@ def test_a_damaged_picture_stops_the_measurement(tmp_path):
     columns = {"image": [*image_column([picture(0)]), {"bytes": b"not a picture", "path": "b.png"}], "label": [0, 0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "rows"))
-    with pytest.raises(ValueError, match=r"Image 1 \(b.png\) can't be read"):
+    with pytest.raises(ValueError, match=r"Image 1 of the split test \(b.png\) can't be read"):
         RUN_TASK["zero-shot"](Encoder(*diffclip()), DatasetSpec("rows", str(tmp_path / "rows")), TaskOptions())
 
 
@@ -410,6 +412,11 @@ def test_texts_that_are_cut_are_counted(caplog):
         finally:
             logging.disable_propagation()
     assert "1 of 2 texts are cut to 77 tokens" in caplog.text
+
+
+def load_metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def count_calls(encoder: Encoder, monkeypatch) -> dict[str, int]:
@@ -480,14 +487,27 @@ def test_the_model_is_known_by_its_weights_and_configuration(tmp_path):
     assert model_fingerprint(model.bfloat16()) not in (known, changed)
 
 
-def test_a_damaged_file_of_the_cache_is_named(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "a bit", "another key", "of other rows", "a folder's file"])
+def test_a_damaged_file_of_the_cache_is_computed_again(damage, tmp_path):
     cache = EmbeddingCache(tmp_path)
-    embeds = cache.get("x", {"a": 1}, lambda: torch.ones(2, 3))
-    assert torch.equal(cache.get("x", {"a": 1}, lambda: pytest.fail("it is there")), embeds)
+    embeds = cache.get("x", {"a": 1}, 2, lambda: torch.ones(2, 3))
+    assert torch.equal(cache.get("x", {"a": 1}, 2, lambda: pytest.fail("it is there")), embeds)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(ValueError, match=f"{file} can't be read; remove it"):
-        cache.get("x", {"a": 1}, lambda: torch.ones(2, 3))
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:20])
+    elif damage == "a bit":
+        file.write_bytes(content[:-1] + b"\x3e")
+    elif damage == "another key":
+        cache.get("x", {"a": 2}, 2, lambda: torch.zeros(2, 3))
+        (other,) = set(tmp_path.iterdir()) - {file}
+        file.write_bytes(other.read_bytes())
+    elif damage == "of other rows":
+        save_file({"embeds": torch.ones(1, 3)}, file, load_metadata(file))
+    else:
+        file.write_bytes(b"")
+    assert torch.equal(cache.get("x", {"a": 1}, 2, lambda: torch.ones(2, 3)), embeds)
+    assert torch.equal(cache.get("x", {"a": 1}, 2, lambda: pytest.fail("it is there again")), embeds)
 
 
 # The table and the command ------------------------------------------------------------------------------------------

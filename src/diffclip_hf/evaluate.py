@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from .commands import run_command
 from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache
-from .evaluation_model import Encoder
+from .evaluation_model import Encoder, check_batches
 from .evaluation_presets import (
     METRICS,
     TASKS,
@@ -32,13 +33,32 @@ from .evaluation_presets import (
     template_texts,
 )
 from .evaluation_report import markdown_table, mean_metrics
-from .evaluation_tasks import RUN_TASK, TaskOptions
+from .evaluation_tasks import EPISODE_OPTIONS, RUN_TASK, TaskOptions
 from .label_names import read_label_names
 from .machine import describe_machine, describe_versions
-from .whole_files import write_text_whole
+from .whole_files import check_output_file, write_text_whole
 
 
 logger = logging.getLogger(__name__)
+LABELLED, TEXTS, PROBES = (
+    ("zero-shot", "linear-probe", "few-shot"),
+    ("zero-shot", "mmvp"),
+    ("linear-probe", "few-shot"),
+)
+# The tasks that an option is for, if not for all.
+OPTION_TASKS = {
+    **{name: PROBES for name in ("train_split", "features")},
+    **{name: ("few-shot",) for name in ("ways", "shots", "queries", "episodes")},
+    "seed": PROBES,
+    "validation_split": ("linear-probe",),
+    "label_column": LABELLED,
+    "caption_column": ("retrieval", "mmvp"),
+    "pattern_column": ("mmvp",),
+    "caption_separator": ("retrieval",),
+    "class_names": ("zero-shot",),
+    "templates": TEXTS,
+    "metric": ("zero-shot", "linear-probe"),
+}
 
 
 def _count_or_all(text: str) -> int | None:
@@ -70,14 +90,19 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features",
         choices=("pooled", "projected"),
-        default="pooled",
-        help="the image tower's output before the projection, or the normalised projection (%(default)s)",
+        help="the image tower's output before the projection, or the normalised projection (pooled)",
     )
-    group.add_argument("--ways", type=_count_or_all, default=defaults.ways, help="classes an episode, or all (5)")
-    group.add_argument("--shots", type=int, default=defaults.shots, help="training images a class (%(default)s)")
-    group.add_argument("--queries", type=_count_or_all, default=defaults.queries, help="test images a class (6)")
-    group.add_argument("--episodes", type=int, default=defaults.episodes, help="how many (%(default)s)")
-    group.add_argument("--seed", type=int, default=defaults.seed, help="of what is drawn (%(default)s)")
+    # Without defaults here, so that those given for another task are found.
+    for name, kind, text in (
+        ("ways", _count_or_all, "classes an episode, or all"),
+        ("shots", int, "training images a class"),
+        ("queries", _count_or_all, "test images a class, or all"),
+        ("episodes", int, "how many"),
+        ("seed", int, "of what is drawn"),
+    ):
+        group.add_argument(
+            f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} ({getattr(defaults, name)})"
+        )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", nargs="+", metavar="NAME", default=[], help="presets, folders, files or ids")
     parser.add_argument("--list", action="store_true", help="list the presets and stop")
     parser.add_argument("--output", metavar="FILE.json", type=Path)
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_FOLDER, help="where embeddings are kept")
+    parser.add_argument("--cache-dir", type=Path, help=f"where embeddings are kept ({DEFAULT_FOLDER})")
     parser.add_argument("--no-cache", action="store_true", help="keep no embeddings, and use none")
     _add_data_options(parser)
     _add_task_options(parser)
@@ -141,7 +166,7 @@ def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
             "name": name,
             "class": type(model).__name__,
             "commit": getattr(model.config, "_commit_hash", None),
-            "weights_sha256": encoder.weights,
+            "weights_sha256": encoder.weights(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
@@ -153,37 +178,77 @@ def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> str:
-    """Measure as the command line says, write the results, and return the table.
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a ValueError for options that the task takes no notice of, or numbers that are too small."""
+    given = [name for name, value in vars(args).items() if value is not None or name in EPISODE_OPTIONS]
+    if idle := [name for name in given if args.task not in OPTION_TASKS.get(name, TASKS)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"{names} can't be used with --task {args.task}.")
+    check_batches(args.batch_size, args.num_workers)
+
+
+def load_encoder(args: argparse.Namespace) -> Encoder:
+    """Return the model that the command line names, after it's sure that what is found can be written.
 
     Raises:
-        ValueError: An option doesn't fit the model or the data.
+        ValueError: An option doesn't fit the model, or it can't be loaded.
+        OSError: The embeddings or the output can't be written.
     """
-    specs = dataset_specs(args)
-    encoder = Encoder.from_pretrained(
+    cache = EmbeddingCache(None if args.no_cache else args.cache_dir or DEFAULT_FOLDER)
+    cache.check()
+    if args.output is not None:
+        check_output_file(args.output)
+    return Encoder.from_pretrained(
         args.model,
         revision=args.revision,
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
-        cache=EmbeddingCache(None if args.no_cache else args.cache_dir),
+        cache=cache,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
-    options = TaskOptions(
-        pooled=args.features == "pooled",
-        **{name: getattr(args, name) for name in ("ways", "shots", "queries", "episodes", "seed")},
-    )
-    results = []
-    for spec in specs:
-        logger.info("%s on %s", args.task, spec.name)
-        results.append(RUN_TASK[args.task](encoder, spec, options))
-    if args.output is not None:
-        report = {"task": args.task, **describe_encoder(args.model, args.task, encoder), "results": results}
-        if len(results) > 1:
-            report["mean"] = mean_metrics(results)
+
+
+def report_results(
+    args: argparse.Namespace, encoder: Encoder, specs: Sequence[DatasetSpec], results: Sequence[dict[str, Any]]
+) -> None:
+    """Print the table and write the results, the table first, so that it's there whatever happens to the file."""
+    sys.stdout.write(markdown_table(args.task, args.model, specs, results))
+    sys.stdout.flush()
+    if args.output is None:
+        return
+    report = {"task": args.task, **describe_encoder(args.model, args.task, encoder), "results": list(results)}
+    if len(results) > 1:
+        report["mean"] = mean_metrics(results)
+    try:
         write_text_whole(args.output, json.dumps(report, indent=2, default=str) + "\n")
-    return markdown_table(args.task, args.model, specs, results)
+    except OSError as error:
+        raise OSError(f"The results above can't be written to {args.output}: {error}") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure as the command line says; print and write the results, those before an error too.
+
+    Raises:
+        ValueError: An option doesn't fit the model or the data.
+        OSError: Something can't be read or written.
+    """
+    check_options(args)
+    specs = dataset_specs(args)
+    encoder = load_encoder(args)
+    options = TaskOptions(
+        pooled=args.features != "projected",
+        **{name: getattr(args, name) for name in EPISODE_OPTIONS if hasattr(args, name)},
+    )
+    results: list[dict[str, Any]] = []
+    try:
+        for spec in specs:
+            logger.info("%s on %s", args.task, spec.name)
+            results.append(RUN_TASK[args.task](encoder, spec, options))
+    finally:
+        if results:
+            report_results(args, encoder, specs[: len(results)], results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,12 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.model is None or args.task is None or not args.dataset:
         parser.error("MODEL, --task and --dataset are needed")
-    try:
-        sys.stdout.write(run(args))
-    except (ValueError, FileNotFoundError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: run(args), logger)
 
 
 if __name__ == "__main__":

@@ -11,37 +11,18 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .whole_files import write_whole
+from .evaluation_keys import fingerprint
+from .whole_files import check_output_file, write_whole
 
 
 logger = logging.get_logger(__name__)
-# What a configuration says of where it comes from rather than of what is computed; weights have a dtype of their own.
-PROVENANCE = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "embeddings"
 
 
-def fingerprint(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256, in hexadecimal, of what JSON can hold; the order of keys doesn't matter."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _without_provenance(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {key: _without_provenance(value) for key, value in config.items() if key not in PROVENANCE}
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Return the SHA-256, in hexadecimal, of a model's configuration and of every weight's name, dtype and value."""
-    digest = hashlib.sha256(fingerprint(_without_provenance(model.config.to_dict())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _checksum(embeds: torch.Tensor) -> str:
+    return hashlib.sha256(embeds.numpy()).hexdigest()
 
 
 class EmbeddingCache:
@@ -54,37 +35,56 @@ class EmbeddingCache:
     def __init__(self, folder: str | os.PathLike | None):
         self.folder = None if folder is None else Path(folder)
 
-    def get(self, kind: str, key: Mapping[str, Any], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the embeddings of that key, computed and kept if they aren't there.
+    def check(self) -> None:
+        """Raise an OSError if nothing can be written there."""
+        if self.folder is not None:
+            try:
+                check_output_file(self.folder / "trial.safetensors")
+            except OSError as error:
+                raise OSError(f"Embeddings can't be kept: {error} Or keep none, with --no-cache.") from error
+
+    def get(self, kind: str, key: Mapping[str, Any], rows: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the embeddings of that key, computed and kept if they aren't there, or are damaged.
+
+        Where they can't be written in the end, a warning says so.
 
         Args:
             kind: The beginning of the file's name.
-            key: All that they depend on.
-            compute: Returns them, on the CPU.
-
-        Raises:
-            ValueError: The file is there but can't be read, or is of another key.
+            key: All that they depend on, as JSON.
+            rows: How many there are.
+            compute: Returns them, float32, (rows, width), on the CPU.
         """
         if self.folder is None:
             return compute()
+        text = json.dumps(key, sort_keys=True)
         path = self.folder / f"{kind}-{fingerprint(key)}.safetensors"
-        text = json.dumps(key, sort_keys=True, default=str)
-        if path.is_file():
+        embeds = self._read(path, text, rows)
+        if embeds is not None:
             logger.info("Embeddings from %s", path)
-            return self._read(path, text)
+            return embeds
         embeds = compute().contiguous()
-        write_whole(path, lambda beside: save_file({"embeds": embeds}, beside, {"key": text}))
+        metadata = {"key": text, "sha256": _checksum(embeds)}
+        try:
+            write_whole(path, lambda beside: save_file({"embeds": embeds}, beside, metadata))
+        except (OSError, SafetensorError) as error:
+            logger.warning("The embeddings can't be kept in %s: %s", path, error)
         return embeds
 
-    def _read(self, path: Path, key: str) -> torch.Tensor:
+    def _read(self, path: Path, key: str, rows: int) -> torch.Tensor | None:
+        """Return what is there, None where nothing is or it's damaged."""
+        if not path.is_file():
+            return None
         try:
             with safe_open(path, "pt") as file:
-                found, embeds = (file.metadata() or {}).get("key"), file.get_tensor("embeds")
-        except SafetensorError as error:
-            raise ValueError(f"{path} can't be read; remove it, and it's computed again: {error}") from error
-        if found != key:
-            raise ValueError(f"{path} is of the key {found}, not {key}; remove it, and it's computed again.")
+                metadata, embeds = file.metadata() or {}, file.get_tensor("embeds")
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s can't be read, and is computed again: %s", path, error)
+            return None
+        whole = embeds.dtype == torch.float32 and embeds.ndim == 2 and len(embeds) == rows
+        if not whole or metadata.get("key") != key or metadata.get("sha256") != _checksum(embeds):
+            logger.warning("%s is damaged, and is computed again.", path)
+            return None
         return embeds
 
 
-__all__ = ["DEFAULT_FOLDER", "EmbeddingCache", "fingerprint", "model_fingerprint"]
+__all__ = ["DEFAULT_FOLDER", "EmbeddingCache"]

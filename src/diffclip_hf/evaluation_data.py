@@ -1,7 +1,6 @@
 """The data sets of an evaluation: images with labels, with captions, and in pairs."""
 
 import csv
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from .evaluation_presets import DatasetSpec
-from .label_names import read_label_names
+from .commands import require_extra
+from .evaluation_keys import files_digest, image_digest
+from .evaluation_presets import DatasetSpec, local_files
+from .label_names import match_labels, name_labels, read_label_names, wrong_labels
 from .training_counts import non_empty_captions
-from .training_data import load_image_label_dataset, load_image_text_dataset
+from .training_data import load_image_text_dataset, load_own_labels
+from .training_shards import names_shards
 
 
 if TYPE_CHECKING:
@@ -48,14 +50,16 @@ class Captioned:
     Args:
         dataset: Its column `image` isn't decoded.
         captions: Every caption.
-        image_of_caption: Each one's image, by its row, int64, (captions,).
+        image_of_caption: Each one's image, by its index in `dataset`, int64, (captions,).
         split: The part that it is.
+        rows: Each image's row in the whole part, the first of those that share it.
     """
 
     dataset: "datasets.Dataset"
     captions: list[str]
     image_of_caption: torch.Tensor
     split: str
+    rows: list[int]
 
 
 def _class_names(spec: DatasetSpec) -> tuple[str, ...] | Mapping[str, str] | None:
@@ -67,25 +71,95 @@ def _class_names(spec: DatasetSpec) -> tuple[str, ...] | Mapping[str, str] | Non
     return read_label_names(Path(hf_hub_download(spec.source, spec.class_names_file, repo_type="dataset")))
 
 
-def load_labelled(spec: DatasetSpec, split: str) -> Labelled:
-    """Open one part of a data set of images with labels.
+def _refusal(spec: DatasetSpec, split: str, row: int, reason: str, count: int, rows: int) -> ValueError:
+    """Return the error of a row that can't be measured, the first of so many."""
+    others = f"; {count} of {rows} rows are like it" if count > 1 else ""
+    return ValueError(f"{spec.name}: row {row} of the split {split} has {reason}{others}.")
 
-    Raises:
-        ValueError: As `load_image_label_dataset` raises; the names aren't as many as the labels; or an image has none.
+
+def _check_images(spec: DatasetSpec, dataset: "datasets.Dataset", split: str) -> None:
+    """Raise a ValueError where a row has no image, or the path of a file that isn't there; nothing is read."""
+    missing: list[tuple[int, str]] = []
+    row = 0
+    for batch in dataset.select_columns("image").with_format("arrow").iter(1000):
+        column = batch["image"].combine_chunks()
+        contents, paths = column.field("bytes").is_null().to_pylist(), column.field("path").to_pylist()
+        for empty, nothing, path in zip(column.is_null().to_pylist(), contents, paths, strict=True):
+            if empty or (nothing and not path):
+                missing.append((row, "no image"))
+            elif nothing and "://" not in path and not os.path.isfile(path):
+                missing.append((row, f"the image {path}, which isn't there"))
+            row += 1
+    if not row:
+        raise ValueError(f"{spec.name}: the split {split} has no images.")
+    if missing:
+        raise _refusal(spec, split, *missing[0], len(missing), row)
+
+
+def _load_options(source: str) -> dict[str, Any]:
+    """Return what makes `datasets` read local files anew where they hold something else than before.
+
+    It knows them by their times, and what a zip file holds by the zip file's path.
     """
-    dataset, names = load_image_label_dataset(
+    import datasets
+
+    saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if saved or not (files := local_files(source)):
+        return {}
+    root = Path(source) if os.path.isdir(source) else Path(os.path.commonpath([file.parent for file in files]))
+    digest = files_digest(files, root)
+    return {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / "diffclip_hf" / digest[:32])}
+
+
+def _check_source(spec: DatasetSpec) -> None:
+    require_extra("evaluation", "datasets")
+    if names_shards(spec.source):
+        raise ValueError(f"{spec.name} is made of tar shards, which are for training; use a data set of `datasets`.")
+
+
+def _load_own(spec: DatasetSpec, split: str, label_column: str | None) -> "tuple[datasets.Dataset, list[str], str]":
+    """Open images with labels, of which each has an image, as `load_own_labels` does."""
+    _check_source(spec)
+    dataset, own, column = load_own_labels(
         spec.source,
         split=split,
         image_column=spec.image_column,
-        label_column=spec.label_column,
-        label_names=_class_names(spec),
+        label_column=label_column,
+        **_load_options(spec.source),
     )
+    _check_images(spec, dataset, split)
+    return dataset, own, column
+
+
+def _row_labels(spec: DatasetSpec, dataset: "datasets.Dataset", split: str, what: str) -> torch.Tensor:
+    """Return each row's index, int64, (rows,)."""
     labels = torch.tensor([-1 if label is None else label for label in dataset["label"]], dtype=torch.int64)
-    if not len(labels):
-        raise ValueError(f"{spec.name}: the split {split} has no images.")
-    if unlabelled := int((labels < 0).sum()):
-        raise ValueError(f"{spec.name}: {unlabelled} of {len(labels)} images of the split {split} have no label.")
-    return Labelled(dataset, labels, names, split)
+    if unlabelled := (labels < 0).nonzero().flatten().tolist():
+        raise _refusal(spec, split, unlabelled[0], f"no {what}", len(unlabelled), len(labels))
+    return labels
+
+
+def load_labelled(spec: DatasetSpec, split: str, own_names: bool = False) -> Labelled:
+    """Open one part of a data set of images with labels.
+
+    Args:
+        spec: The data set.
+        split: The part.
+        own_names: Whether its labels go by what they are called there, whatever names the description gives.
+
+    Raises:
+        ValueError: As `load_image_label_dataset` raises; or a row has no image or no label.
+    """
+    dataset, own, column = _load_own(spec, split, spec.label_column)
+    labels = _row_labels(spec, dataset, split, "label")
+    if own_names:
+        return Labelled(dataset, labels, own, split)
+    names = _class_names(spec)
+    feature = dataset.features["label"]
+    if names is None and not hasattr(feature, "names"):
+        raise wrong_labels(column, feature)
+    indices, found = name_labels(own, names, column)
+    return Labelled(dataset, torch.tensor(indices)[labels], found, split)
 
 
 def with_names(part: Labelled, names: Sequence[str]) -> Labelled:
@@ -94,54 +168,58 @@ def with_names(part: Labelled, names: Sequence[str]) -> Labelled:
     Raises:
         ValueError: A label of the part isn't among the names.
     """
-    if part.names == list(names):
-        return part
-    index_of_name = {name: index for index, name in enumerate(names)}
-    if unknown := [name for name in part.names if name not in index_of_name]:
-        raise ValueError(f"The split {part.split} has labels that the training split lacks: {', '.join(unknown)}.")
-    indices = torch.tensor([index_of_name[name] for name in part.names])
-    return Labelled(part.dataset, indices[part.labels], list(names), part.split)
+    indices = match_labels(part.names, names, f"The split {part.split}", "the training split")
+    return Labelled(part.dataset, torch.tensor(indices)[part.labels], list(names), part.split)
 
 
-def _digest(image: dict[str, Any]) -> bytes:
-    """Return what tells one encoded image from another."""
-    content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    return hashlib.sha256(content).digest()
+def _captions(spec: DatasetSpec, found: str | Sequence[str] | None) -> list[str]:
+    """Return a row's captions, those that are one text apart."""
+    if isinstance(found, str) and spec.caption_separator is not None:
+        found = found.split(spec.caption_separator)
+    return non_empty_captions(found)
+
+
+def _load_rows(spec: DatasetSpec, split: str) -> "datasets.Dataset":
+    """Open images with captions, of which each has an image, as `load_image_text_dataset` does."""
+    _check_source(spec)
+    dataset = load_image_text_dataset(
+        spec.source,
+        split=split,
+        image_column=spec.image_column,
+        caption_column=spec.caption_column,
+        **_load_options(spec.source),
+    )
+    _check_images(spec, dataset, split)
+    return dataset
 
 
 def load_captioned(spec: DatasetSpec, split: str) -> Captioned:
     """Open one part of a data set of images with captions; rows with the same file are one image.
 
     Raises:
-        ValueError: As `load_image_text_dataset` raises; it names tar shards; or an image has no caption.
+        ValueError: As `load_image_text_dataset` raises; it names tar shards; or a row has no image or no caption.
     """
-    dataset = load_image_text_dataset(
-        spec.source, split=split, image_column=spec.image_column, caption_column=spec.caption_column
-    )
-    if not hasattr(dataset, "column_names"):
-        raise ValueError(f"{spec.name} is made of tar shards, which are for training; use a data set of `datasets`.")
+    dataset = _load_rows(spec, split)
+    captions_of_row = [_captions(spec, found) for found in dataset["caption"]]
+    if empty := [row for row, captions in enumerate(captions_of_row) if not captions]:
+        raise _refusal(spec, split, empty[0], "no caption", len(empty), len(captions_of_row))
     captions: list[str] = []
     image_of_caption: list[int] = []
     rows: list[int] = []
     image_of_digest: dict[bytes, int] = {}
-    for row, found in enumerate(dataset):
-        texts = found["caption"]
-        if isinstance(texts, str) and spec.caption_separator is not None:
-            texts = texts.split(spec.caption_separator)
-        texts = non_empty_captions(texts)
-        if not texts:
-            raise ValueError(f"{spec.name}: row {row} of the split {split} has no caption.")
-        digest = _digest(found["image"])
+    for row, (image, texts) in enumerate(zip(dataset["image"], captions_of_row, strict=True)):
+        try:
+            digest = image_digest(image)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: row {row} of the split {split} can't be read: {error}") from error
         if digest not in image_of_digest:
             image_of_digest[digest] = len(rows)
             rows.append(row)
         captions += texts
         image_of_caption += [image_of_digest[digest]] * len(texts)
-    if not captions:
-        raise ValueError(f"{spec.name}: the split {split} has no images.")
     if len(rows) < len(dataset):
         dataset = dataset.select(rows)
-    return Captioned(dataset, captions, torch.tensor(image_of_caption), split)
+    return Captioned(dataset, captions, torch.tensor(image_of_caption), split, rows)
 
 
 def _mmvp_folder(source: str) -> Path | None:
@@ -156,12 +234,17 @@ def _mmvp_folder(source: str) -> Path | None:
 
 def _read_questions(folder: Path) -> dict[str, list[str]]:
     """Return the columns of MMVP-VLM: images, statements and visual patterns."""
-    with (folder / QUESTIONS).open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file) if row][1:]
-    if bad := [row for row in rows if len(row) != 3]:
+    try:
+        with (folder / QUESTIONS).open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row][1:]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / QUESTIONS} can't be read: {error}") from error
+    if bad := [row for row in rows if len(row) != 3 or not all(part.strip() for part in row)]:
         raise ValueError(f"{folder / QUESTIONS} has the row {bad[0]}; each must be a number, a pattern, a statement.")
     numbers, patterns, statements = ([row[column].strip() for row in rows] for column in range(3))
-    images = [str(folder / QUESTION_IMAGES / kind / f"{n}.jpg") for n, kind in zip(numbers, patterns, strict=True)]
+    images = [
+        str(folder.absolute() / QUESTION_IMAGES / kind / f"{n}.jpg") for n, kind in zip(numbers, patterns, strict=True)
+    ]
     return {"image": images, "caption": statements, "pattern": patterns}
 
 
@@ -171,9 +254,10 @@ def load_pairs(spec: DatasetSpec, split: str) -> tuple[Captioned, list[str]]:
     Returns the images with one statement each, and each pair's visual pattern.
 
     Raises:
-        ValueError: As `load_image_text_dataset` raises; there is an odd number of rows; or two of a pair have
-            different patterns.
+        ValueError: As `load_image_text_dataset` raises; there is an odd number of rows; a row has no image or not one
+            statement; or two of a pair have different patterns.
     """
+    require_extra("evaluation", "datasets")
     import datasets
 
     folder = _mmvp_folder(spec.source)
@@ -181,27 +265,34 @@ def load_pairs(spec: DatasetSpec, split: str) -> tuple[Captioned, list[str]]:
         columns = _read_questions(folder)
         patterns = columns["pattern"]
         dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+        if len(dataset):
+            _check_images(spec, dataset, split)
+        statements = columns["caption"]
     else:
-        dataset, patterns = _load_pair_rows(spec, split)
+        dataset, statements, patterns = _load_pair_rows(spec, split)
     if not len(dataset) or len(dataset) % 2:
         raise ValueError(f"{spec.name} has {len(dataset)} rows; there must be an even number, two for each pair.")
     for pair, (first, second) in enumerate(zip(patterns[::2], patterns[1::2], strict=True)):
         if first != second:
             raise ValueError(f"{spec.name}: the two rows of pair {pair} have the patterns {first!r} and {second!r}.")
-    return Captioned(dataset, list(dataset["caption"]), torch.arange(len(dataset)), split), patterns[::2]
+    rows = list(range(len(dataset)))
+    return Captioned(dataset, statements, torch.arange(len(dataset)), split, rows), patterns[::2]
 
 
-def _load_pair_rows(spec: DatasetSpec, split: str) -> "tuple[datasets.Dataset, list[str]]":
-    """Return the images with statements, and each row's pattern, `all` where there is no column for it."""
-    dataset = load_image_text_dataset(
-        spec.source, split=split, image_column=spec.image_column, caption_column=spec.caption_column
-    )
+def _load_pair_rows(spec: DatasetSpec, split: str) -> "tuple[datasets.Dataset, list[str], list[str]]":
+    """Return the images, each row's statement, and its pattern, `all` where there is no column for it."""
+    dataset = _load_rows(spec, split)
+    statements = []
+    for row, found in enumerate(dataset["caption"]):
+        texts = non_empty_captions(found)
+        if len(texts) != 1:
+            raise ValueError(f"{spec.name}: row {row} of the split {split} has {len(texts)} statements, not one.")
+        statements += texts
     if spec.pattern_column is None:
-        return dataset, ["all"] * len(dataset)
-    whole, names = load_image_label_dataset(
-        spec.source, split=split, image_column=spec.image_column, label_column=spec.pattern_column
-    )
-    return dataset, [names[index] for index in whole["label"]]
+        return dataset, statements, ["all"] * len(dataset)
+    whole, names, _ = _load_own(spec, split, spec.pattern_column)
+    patterns = _row_labels(spec, whole, split, f"pattern in the column {spec.pattern_column}")
+    return dataset, statements, [names[index] for index in patterns.tolist()]
 
 
 __all__ = ["Captioned", "Labelled", "load_captioned", "load_labelled", "load_pairs", "with_names"]

@@ -161,6 +161,45 @@ def nearest_prototype(support: torch.Tensor, queries: torch.Tensor) -> torch.Ten
     return torch.cdist(normalize(queries - mean, dim=-1), prototypes).argmin(1)
 
 
+def few_shot_rows(
+    train_labels: torch.Tensor,
+    test_labels: torch.Tensor,
+    ways: int | None,
+    shots: int,
+    queries: int | None,
+    episodes: int,
+    seed: int = 0,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows of each class that both parts have, in the training part and in the test part.
+
+    The arguments are those of `few_shot_accuracies`.
+
+    Raises:
+        ValueError: A number is too small, or there are fewer classes or images than asked for.
+    """
+    for name, value, least in (
+        ("ways", ways, 2),
+        ("shots", shots, 1),
+        ("queries", queries, 1),
+        ("episodes", episodes, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    classes = sorted(set(train_labels.tolist()) & set(test_labels.tolist()))
+    rows = [tuple(np.flatnonzero(labels.numpy() == c) for labels in (train_labels, test_labels)) for c in classes]
+    if (2 if ways is None else ways) > len(classes):
+        raise ValueError(
+            f"ways is {'all' if ways is None else ways}; there are {len(classes)} classes with images in both parts."
+        )
+    if few := [index for index, (in_train, _) in enumerate(rows) if len(in_train) < shots]:
+        raise ValueError(
+            f"shots is {shots}; {len(few)} classes have fewer training images, the class {classes[few[0]]} "
+            f"{len(rows[few[0]][0])}."
+        )
+    return rows  # type: ignore[return-value]
+
+
 def few_shot_accuracies(
     train: tuple[torch.Tensor, torch.Tensor],
     test: tuple[torch.Tensor, torch.Tensor],
@@ -186,28 +225,17 @@ def few_shot_accuracies(
         seed: Of what is drawn.
 
     Raises:
-        ValueError: A number is below 1, or there are fewer classes or images than asked for.
+        ValueError: As `few_shot_rows` raises.
     """
-    for name, value in (("ways", ways), ("shots", shots), ("queries", queries), ("episodes", episodes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    classes = sorted(set(train[1].tolist()) & set(test[1].tolist()))
-    rows = {c: [np.flatnonzero(labels.numpy() == c) for labels in (train[1], test[1])] for c in classes}
-    ways = len(classes) if ways is None else ways
-    if ways > len(classes):
-        raise ValueError(f"ways is {ways}; there are {len(classes)} classes with images in both parts.")
-    if few := [c for c in classes if len(rows[c][0]) < shots]:
-        raise ValueError(
-            f"shots is {shots}; {len(few)} classes have fewer training images, the class {few[0]} "
-            f"{len(rows[few[0]][0])}."
-        )
+    rows = few_shot_rows(train[1], test[1], ways, shots, queries, episodes, seed)
+    ways = len(rows) if ways is None else ways
     generator = np.random.default_rng(seed)
     accuracies = torch.empty(episodes, dtype=torch.float64)
     for episode in range(episodes):
-        drawn = generator.choice(len(classes), ways, replace=False)
+        drawn = generator.choice(len(rows), ways, replace=False)
         support, asked = [], []
         for index in drawn:
-            in_train, in_test = rows[classes[index]]
+            in_train, in_test = rows[index]
             support.append(generator.choice(in_train, shots, replace=False))
             count = len(in_test) if queries is None else min(queries, len(in_test))
             asked.append(generator.choice(in_test, count, replace=False))
@@ -253,6 +281,7 @@ __all__ = [
     "Probe",
     "classification_metrics",
     "few_shot_accuracies",
+    "few_shot_rows",
     "label_ranks",
     "linear_probe",
     "mean_by_group",

@@ -4,6 +4,7 @@ Each file of `presets` describes a data set of the paper, under the names of `Da
 """
 
 import dataclasses
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from typing import Any
 import yaml
 
 from .label_names import read_label_names
+from .loading import closest, find_source
+from .training_shards import expand_braces
+from .zero_shot import label_texts
 from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL
 
 
@@ -49,7 +53,7 @@ class DatasetSpec:
         paper: The paper's figures in percent: task → metric → model → figure.
 
     Raises:
-        ValueError: A task, metric or model doesn't exist.
+        ValueError: A task, metric or model doesn't exist, or a template lacks `{}`.
     """
 
     name: str
@@ -78,6 +82,7 @@ class DatasetSpec:
         ):
             if unknown := found - set(allowed):
                 raise ValueError(f"{self.name}: {key} has {sorted(unknown)}; allowed are {', '.join(allowed)}.")
+        label_texts([self.name], self.templates)
 
 
 def template_texts(templates: Sequence[str] | str) -> tuple[str, ...]:
@@ -109,6 +114,13 @@ def read_preset(name: str) -> DatasetSpec:
     return DatasetSpec(name=name, **{**content, "tasks": tuple(content["tasks"])})
 
 
+def local_files(source: str) -> list[Path]:
+    """Return the files of a folder, or those that a file's name or pattern stands for; none of what isn't here."""
+    if os.path.isdir(source):
+        return [path for path in Path(source).rglob("*") if path.is_file()]
+    return [Path(path) for pattern in expand_braces(source) for path in sorted(glob.glob(pattern))]
+
+
 def find_dataset(name: str, task: str, changes: Mapping[str, Any]) -> DatasetSpec:
     """Return the preset of that name, or what describes the folder, file or Hub id that it is.
 
@@ -128,14 +140,15 @@ def find_dataset(name: str, task: str, changes: Mapping[str, Any]) -> DatasetSpe
                 f"The preset {name} is for {', '.join(spec.tasks)}, not for {task}; those for it are "
                 f"{', '.join(others)}."
             )
-    elif os.path.exists(name) or "/" in name or name.endswith(".parquet"):
-        templates = MMVP_TEMPLATES if task == "mmvp" else DEFAULT_TEMPLATES
-        spec = DatasetSpec(name=Path(name).name, source=name, templates=templates)
-    else:
+    elif "/" not in name and not local_files(name) and not name.endswith(".parquet"):
         raise ValueError(
             f"dataset is {name!r}; it must be a folder, a file, an id OWNER/NAME of the Hub, or one of the presets "
-            f"{', '.join(preset_names())}."
+            f"{', '.join(preset_names())}{closest(name, preset_names())}"
         )
+    else:
+        source = name if local_files(name) else find_source(name, repo_type="dataset")
+        templates = MMVP_TEMPLATES if task == "mmvp" else DEFAULT_TEMPLATES
+        spec = DatasetSpec(name=Path(name).name, source=source, templates=templates)
     return dataclasses.replace(spec, **{key: value for key, value in changes.items() if value is not None})
 
 
@@ -148,6 +161,7 @@ __all__ = [
     "TEMPLATE_SETS",
     "DatasetSpec",
     "find_dataset",
+    "local_files",
     "preset_names",
     "read_preset",
     "template_texts",

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from .commands import require_extra
 from .evaluation_data import Labelled, load_captioned, load_labelled, load_pairs, with_names
 from .evaluation_metrics import (
     classification_metrics,
     few_shot_accuracies,
+    few_shot_rows,
     label_ranks,
     linear_probe,
     mean_by_group,
@@ -26,6 +28,7 @@ from .zero_shot import label_texts, mean_label_embeds
 
 # What El Banani et al. 2023 hold out where there is no validation split.
 HELD_OUT_SHARE = 0.2
+EPISODE_OPTIONS = ("ways", "shots", "queries", "episodes", "seed")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ def retrieval(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict
     """Measure Recall@1, 5 and 10 in both directions, with any number of captions an image; see `recall_at_k`."""
     part = load_captioned(spec, spec.split)
     metrics = recall_at_k(
-        encoder.text_embeds(part.captions), encoder.image_embeds(part.dataset, part.split), part.image_of_caption
+        encoder.text_embeds(part.captions),
+        encoder.image_embeds(part.dataset, part.split, rows=part.rows),
+        part.image_of_caption,
     )
     return {
         **base_result(spec, part.split, len(part.dataset)),
@@ -112,8 +117,10 @@ def _features(encoder: Encoder, part: Labelled, options: TaskOptions) -> tuple[t
 
 
 def _train_and_test(spec: DatasetSpec) -> tuple[Labelled, Labelled]:
-    train = load_labelled(spec, spec.train_split)
-    return train, with_names(load_labelled(spec, spec.split), train.names)
+    train = load_labelled(spec, spec.train_split, own_names=True)
+    if len(classes := train.labels.unique()) < 2:
+        raise ValueError(f"{spec.name}: the split {train.split} has {len(classes)} class; there must be at least 2.")
+    return train, with_names(load_labelled(spec, spec.split, own_names=True), train.names)
 
 
 def probe(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str, Any]:
@@ -122,15 +129,17 @@ def probe(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str
     Raises:
         ValueError: There is no validation split, and too few training images to hold some out.
     """
+    require_extra("evaluation", "sklearn")
     train_part, test_part = _train_and_test(spec)
-    train = _features(encoder, train_part, options)
+    # Before the work, for both may refuse.
     if spec.validation_split is None:
-        rows, held_out = _hold_out(train[1], options.seed)
+        rows, held_out = _hold_out(train_part.labels, options.seed)
+        train = _features(encoder, train_part, options)
         validation = (train[0][held_out], train[1][held_out])
         train = (train[0][rows], train[1][rows])
     else:
-        part = with_names(load_labelled(spec, spec.validation_split), train_part.names)
-        validation = _features(encoder, part, options)
+        part = with_names(load_labelled(spec, spec.validation_split, own_names=True), train_part.names)
+        train, validation = (_features(encoder, one, options) for one in (train_part, part))
     test_features, labels = _features(encoder, test_part, options)
     found = linear_probe(train, validation, test_features, spec.metric)
     return {
@@ -152,14 +161,11 @@ def probe(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str
 def few_shot(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str, Any]:
     """Measure the accuracy of the nearest prototype over episodes; see `few_shot_accuracies`."""
     train_part, test_part = _train_and_test(spec)
+    numbers: dict[str, Any] = {name: getattr(options, name) for name in EPISODE_OPTIONS}
+    # Before the work, for it may refuse.
+    few_shot_rows(train_part.labels, test_part.labels, **numbers)
     accuracies = few_shot_accuracies(
-        _features(encoder, train_part, options),
-        _features(encoder, test_part, options),
-        ways=options.ways,
-        shots=options.shots,
-        queries=options.queries,
-        episodes=options.episodes,
-        seed=options.seed,
+        _features(encoder, train_part, options), _features(encoder, test_part, options), **numbers
     )
     deviation = accuracies.std().item() if len(accuracies) > 1 else None
     return {
@@ -168,7 +174,7 @@ def few_shot(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[
         "train_images": len(train_part.labels),
         "classes": len(train_part.names),
         "features": "pooled" if options.pooled else "projected",
-        **{name: getattr(options, name) for name in ("ways", "shots", "queries", "episodes", "seed")},
+        **numbers,
         # Of single episodes; the mean's own error is smaller by the root of their number.
         "deviation": deviation,
         "standard_error": None if deviation is None else deviation / len(accuracies) ** 0.5,
@@ -211,4 +217,4 @@ RUN_TASK = {
     "mmvp": mmvp,
 }
 
-__all__ = ["RUN_TASK", "TaskOptions"]
+__all__ = ["EPISODE_OPTIONS", "RUN_TASK", "TaskOptions"]

@@ -66,7 +66,7 @@ def is_local(name: str) -> bool:
     )
 
 
-def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> str:
+def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None, repo_type: str = "model") -> str:
     """Return the folder or the Hub's id that a name stands for, with `~` written out; the Hub isn't asked.
 
     A name that looks like a path, or whose first part is a folder here, is a path, unless the Hub's cache has a
@@ -77,7 +77,7 @@ def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = N
     """
     text = os.fspath(name)
     if not text.strip():
-        raise ValueError("A model's name is empty; name a folder or an id on the Hub.")
+        raise ValueError(f"A {repo_type}'s name is empty; name a folder or an id on the Hub.")
     if "://" in text:
         near = re.fullmatch(r"https?://[^/]*huggingface\.co/([^/]+/[^/?#]+).*", text)
         hint = f", {near[1]!r}" if near else ", as in 'openai/clip-vit-base-patch16'"
@@ -88,7 +88,7 @@ def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = N
     if is_local(text):
         owner = " An id on the Hub has an owner and a name, with one slash." if "/" not in text else ""
         raise ValueError(_not_there(path) + owner)
-    in_cache = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=text, repo_type="model"))
+    in_cache = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=text, repo_type=repo_type))
     if path.parent.is_dir() and not in_cache.is_dir():
         raise ValueError(
             f"{_not_there(path)} To load {text} from the Hub, start from where there is no folder {path.parent}."
