@@ -10,12 +10,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 
 # Pillow's own limit against decompression bombs, of which it warns; from twice as many on it refuses by itself.
@@ -77,6 +78,18 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT_BY else 1
 
 
+def _decode(image: Image.Image) -> None:
+    """Decode an image, and leave metadata that stands behind its pixels where it is broken."""
+    try:
+        image.load()
+    except Exception as error:
+        # Nothing is left to decode, and what Pillow says of pixels is an OSError.
+        done = isinstance(image, ImageFile.ImageFile) and not image.tile and not isinstance(error, OSError)
+        if not done or image.format not in ("PNG", "TIFF"):
+            raise
+        image.load()
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn a Pillow image of any mode into an upright 8-bit RGB image without metadata.
 
@@ -95,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     check_size(*image.size)
     if image.format not in (None, *RASTER_FORMATS):
         raise ValueError(f"The image's format is {image.format}; it must be one of {', '.join(RASTER_FORMATS)}.")
-    image.load()
+    _decode(image)
     # Only now is it known of formats that hold pictures in a frame, as ICO does.
     check_size(*image.size)
     turn = _UPRIGHT_BY.get(orientation(image))
@@ -134,7 +147,7 @@ def _one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def _without_metadata(data: bytes) -> bytes | None:
+def _without_metadata(data: bytes, keep_exif: bool) -> bytes | None:
     """Return a PNG or JPEG without the metadata that Pillow reads beside the pixels, or None for other formats."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         kept, at = [data[:8]], 8
@@ -142,7 +155,7 @@ def _without_metadata(data: bytes) -> bytes | None:
             (length,) = struct.unpack(">I", data[at : at + 4])
             kind = data[at + 4 : at + 8]
             # A capital letter means that the chunk is needed for the pixels.
-            if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+            if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and keep_exif):
                 kept.append(data[at : at + 12 + length])
             at += 12 + length
         return b"".join(kept)
@@ -150,53 +163,51 @@ def _without_metadata(data: bytes) -> bytes | None:
         kept, at = [data[:2]], 2
         while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
             (length,) = struct.unpack(">H", data[at + 2 : at + 4])
-            # Application segments but JFIF's and Adobe's, which says how colours are coded.
-            if not (0xE1 <= data[at + 1] <= 0xED or data[at + 1] == 0xEF):
+            # Of application segments, Adobe's says how colours are coded.
+            adobe = data[at + 1] == 0xEE and length >= 14
+            exif = keep_exif and data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif"
+            if not 0xE0 <= data[at + 1] <= 0xEF or adobe or exif:
                 kept.append(data[at : at + 2 + length])
             at += 2 + length
         return b"".join([*kept, data[at:]])
     return None
 
 
-def _open_raster(file: str | IO[bytes]) -> Image.Image:
-    """Open a file of an allowed format; a PNG is decoded, for some of its metadata is behind the pixels."""
+def _open_raster(encoded: str | bytes) -> Image.Image:
+    """Open a file, given by its path or content, if it is of an allowed format."""
     Image.init()
+    file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
     image = Image.open(file, formats=[name for name in RASTER_FORMATS if name in Image.OPEN])
     try:
         check_size(*image.size)
-        if image.format == "PNG":
-            image.load()
-    except BaseException:
+    except SizeError:
         image.close()
         raise
     return image
 
 
-def _open_bare(file: str | IO[bytes]) -> Image.Image | None:
-    """Open a file without its metadata, or return None where that doesn't help."""
-    try:
-        if isinstance(file, str):
-            with open(file, "rb") as encoded:
-                data = encoded.read()
-        else:
-            file.seek(0)
-            data = file.read()
-        bare = _without_metadata(data)
-        return None if bare is None else _open_raster(io.BytesIO(bare))
-    # The caller raises what Pillow said of the whole file.
-    except Exception:
-        return None
+def _open_bare(encoded: str | bytes) -> Image.Image | None:
+    """Open a file without its metadata, but for its orientation, or return None where that doesn't help."""
+    for keep_exif in (True, False):
+        # The caller raises what Pillow said of the whole file.
+        try:
+            data = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
+            if (bare := _without_metadata(data, keep_exif)) is not None:
+                return _open_raster(bare)
+        except Exception:
+            continue
+    return None
 
 
-def _open_encoded(file: str | IO[bytes], name: str) -> Image.Image:
+def _open_encoded(encoded: str | bytes, name: str) -> Image.Image:
     """Open a file, without its metadata where that is broken; `name` says which picture it is."""
     # Of a damaged file Pillow and its plug-ins raise nearly anything.
     try:
-        return _open_raster(file)
+        return _open_raster(encoded)
     except (SizeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SizeError(f"{name} can't be read: {_one_line(error)}") from error
     except Exception as error:
-        if (image := _open_bare(file)) is not None:
+        if (image := _open_bare(encoded)) is not None:
             return image
         if not isinstance(error, UnidentifiedImageError):
             raise ValueError(f"{name} can't be read: {_one_line(error)}") from error
@@ -250,6 +261,29 @@ def _download(url: str, deadline: float) -> bytes:
     raise ValueError(f"it is redirected more than {URL_REDIRECTS} times")
 
 
+def _in_time(work: Callable[[], bytes]) -> bytes:
+    """Return what a function returns, if it does so within 30 seconds; what it raises is raised here.
+
+    A socket's own limit is of each read, and a server can send a byte of its headers at a time for ever.
+    """
+    result: list[bytes | Exception] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(URL_SECONDS)
+    if not result:
+        raise TimeoutError
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
 def _fetch(url: str) -> bytes:
     """Return what is at a URL.
 
@@ -257,24 +291,16 @@ def _fetch(url: str) -> bytes:
         ValueError: The server can't be reached, doesn't answer with status 200 and the whole file within 30 seconds,
             or sends more than 50 MB.
     """
-    result: dict[str, Any] = {}
+    # Whatever a server says and a network does.
+    try:
+        return _in_time(lambda: _download(url, time.monotonic() + URL_SECONDS))
+    except Exception as error:
+        raise ValueError(f"The URL {url!r:.200} can't be read: {_reason(error)}.") from error
 
-    def work() -> None:
-        try:
-            result["data"] = _download(url, time.monotonic() + URL_SECONDS)
-        except Exception as error:
-            result["error"] = error
 
-    # A socket's own limit is of each read, and a server can send a byte of its headers at a time for ever.
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(URL_SECONDS + 1)
-    if "data" in result:
-        return result["data"]
-    error = result.get("error", TimeoutError())
+def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", error)
-    said = f"it took longer than {URL_SECONDS} seconds" if isinstance(reason, TimeoutError) else _one_line(reason)
-    raise ValueError(f"The URL {url!r:.200} can't be read: {said}.") from error
+    return f"it took longer than {URL_SECONDS} seconds" if isinstance(reason, TimeoutError) else _one_line(reason)
 
 
 def _is_url(text: str) -> bool:
@@ -306,16 +332,16 @@ def _base64(text: str) -> bytes | None:
 def _open_text(text: str) -> Image.Image:
     """Open the picture that a path, a URL or base64 text means."""
     if _is_url(text):
-        return _open_encoded(io.BytesIO(_fetch(text)), f"What the URL {text!r:.200} gives")
+        return _open_encoded(_fetch(text), f"What the URL {text!r:.200} gives")
     if text[:5].lower() == "data:":
-        return _open_encoded(io.BytesIO(_data_url(text)), "The data URL")
+        return _open_encoded(_data_url(text), "The data URL")
     if os.path.exists(text):
         return _open_path(text)
-    if re.match(r"[a-z][a-z0-9+]+://", text):
-        return _open_encoded(io.BytesIO(_read_elsewhere(text)), f"The file {text!r:.200}")
+    if _is_elsewhere(text):
+        return _open_encoded(_read_elsewhere(text), f"The file {text!r:.200}")
     if len(text) >= _LEAST_BASE64 and (data := _base64(text)) is not None:
         try:
-            return _open_encoded(io.BytesIO(data), "The base64 text")
+            return _open_encoded(data, "The base64 text")
         except ValueError:
             # Else it may be the name of a file that isn't there.
             if len(text) > _LONGEST_NAME:
@@ -324,24 +350,38 @@ def _open_text(text: str) -> Image.Image:
 
 
 def _open_path(path: str) -> Image.Image:
+    _check_file(path)
+    return _open_encoded(path, f"The file {path!r:.200}")
+
+
+def _check_file(path: str) -> None:
+    """Check that there is a file, rather than a folder, a pipe or a device."""
     if not os.path.exists(path):
         raise ValueError(f"There is no file {path!r:.200}.")
     if not os.path.isfile(path):
         raise ValueError(f"{path!r:.200} isn't a file{' but a folder' if os.path.isdir(path) else ''}.")
-    return _open_encoded(path, f"The file {path!r:.200}")
+
+
+def _is_elsewhere(path: str) -> bool:
+    """Say whether a path is of another file system, such as a zip file's."""
+    return not os.path.exists(path) and re.match(r"[a-z][a-z0-9+]+://", path) is not None
 
 
 def _read_elsewhere(path: str) -> bytes:
-    """Return a file of another file system, such as a zip file's, as `datasets` reads it."""
-    # What huggingface_hub brings.
-    import fsspec  # type: ignore[import-untyped]
+    """Return a file of another file system, as `datasets` reads it, within 30 seconds and 50 MB."""
+
+    def work() -> bytes:
+        # What huggingface_hub brings.
+        import fsspec  # type: ignore[import-untyped]
+
+        with fsspec.open(path, "rb") as file:
+            return file.read(URL_MEGABYTES * 1_000_000 + 1)
 
     # Each file system has errors of its own.
     try:
-        with fsspec.open(path, "rb") as file:
-            data = file.read(URL_MEGABYTES * 1_000_000 + 1)
+        data = _in_time(work)
     except Exception as error:
-        raise ValueError(f"The file {path!r:.200} can't be read: {_one_line(error)}") from error
+        raise ValueError(f"The file {path!r:.200} can't be read: {_reason(error)}") from error
     if len(data) > URL_MEGABYTES * 1_000_000:
         raise ValueError(f"The file {path!r:.200} is larger than {URL_MEGABYTES} MB.")
     return data
@@ -363,13 +403,33 @@ def read_encoded(image: Mapping[str, Any] | None) -> bytes:
     path = os.fspath(image["path"])
     if _is_url(path):
         return _fetch(path)
-    if not os.path.exists(path) and re.match(r"[a-z][a-z0-9+]+://", path):
+    if _is_elsewhere(path):
         return _read_elsewhere(path)
+    _check_file(path)
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"The file {path!r:.200} can't be read: {error.strerror}.") from error
+
+
+def _read_whole(file: Any) -> bytes:
+    """Return what a file object holds from its start, or from where it stands if it can't go back."""
+    # Such as a closed file's, or a connection's.
+    try:
+        if getattr(file, "seekable", bool)():
+            file.seek(0)
+        data = file.read()
+    except Exception as error:
+        raise ValueError(f"The file object can't be read: {_one_line(error)}") from error
+    if not isinstance(data, bytes):
+        raise ValueError(f"The file object gives a {type(data).__name__}; it must be opened as binary, by mode 'rb'.")
+    return data
+
+
+def _open_bytes(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise ValueError(f"{name} is empty.")
+    return _open_encoded(data, name)
 
 
 def _open_any(source: Any) -> Image.Image:
@@ -378,18 +438,15 @@ def _open_any(source: Any) -> Image.Image:
             raise ValueError(f"An image is a mapping of {', '.join(map(repr, source))}; it must have bytes or path.")
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if source is None:
-        raise ValueError("An image is None: there is none.")
+        raise ValueError("There is no image: it is None.")
     if isinstance(source, str):
         return _open_text(source)
     if isinstance(source, os.PathLike):
         return _open_path(os.fsdecode(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise ValueError("An image's bytes are empty.")
-        return _open_encoded(io.BytesIO(source), "The bytes given")
+        return _open_bytes(bytes(source), "What is given as bytes")
     if hasattr(source, "read"):
-        data = source if hasattr(source, "seek") else io.BytesIO(source.read())
-        return _open_encoded(data, "The file object given")
+        return _open_bytes(_read_whole(source), "The file object")
     raise ValueError(f"An image is of type {type(source).__name__}; it must be {_TAKEN}.")
 
 
