@@ -55,6 +55,18 @@ def _not_there(path: Path) -> str:
     return f"There is no {path}: the folder {parent.resolve()} has no {missing.name}{near}"
 
 
+def check_path(path: str | os.PathLike, option: str) -> Path:
+    """Return the path of a folder or a file that is there, with `~` written out.
+
+    Raises:
+        ValueError: There's nothing; the message names the option and what is spelt alike.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ValueError(f"{option} is {os.fspath(path)!r}. {_not_there(found)}")
+    return found
+
+
 def is_local(name: str) -> bool:
     """Say whether a name that isn't there can only be meant as a path, for no id on the Hub is like it."""
     return (
@@ -365,6 +377,7 @@ def check_device(device: str | torch.device) -> torch.device:
 
 __all__ = [
     "check_device",
+    "check_path",
     "check_tokenizer",
     "closest",
     "find_source",

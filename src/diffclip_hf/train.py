@@ -5,139 +5,58 @@
 
 FILE is a YAML or JSON file of options, or the name of one of the package's recipes, such as `diffclip-vitb16` (the
 paper's settings); options on the command line override it. The options are those of Transformers' TrainingArguments,
-`contrastive_chunk_size`, and those of `ModelArguments` and `DataArguments` below.
+`contrastive_chunk_size`, and those of `ModelArguments` and `DataArguments` in `training_options`.
 """
 
-import argparse
-import dataclasses
-import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
-from transformers import EvalPrediction, HfArgumentParser, set_seed
-from transformers.utils import is_peft_available
+from transformers import EvalPrediction, set_seed
 
 from .checkpoints import last_checkpoint
+from .commands import run_command, stop_without_extra
 from .configuration_diffclip import DiffCLIPConfig
 from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
 from .label_names import match_labels, renumbered
+from .loading import check_path, check_tokenizer, load_config, load_model, load_processor, load_tokenizer
 from .modeling_diffclip import DiffCLIPForImageClassification, DiffCLIPModel
 from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
-from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
-from .training_data import (
-    ImageLabelCollator,
-    ImageTextCollator,
-    load_image_label_dataset,
-    load_image_text_dataset,
-)
-from .zero_shot_templates import IMAGENET_TEMPLATES
+from .whole_files import check_output_file
+from .zero_shot import label_texts
+
+
+try:
+    from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
+    from .training_data import (
+        ImageLabelCollator,
+        ImageTextCollator,
+        load_image_label_dataset,
+        load_image_text_dataset,
+    )
+    from .training_options import (
+        CONTRASTIVE,
+        DataArguments,
+        ModelArguments,
+        build_config,
+        parse_arguments,
+        zero_shot_templates,
+    )
+except ModuleNotFoundError as error:
+    stop_without_extra(error, "training", __name__)
 
 
 logger = logging.getLogger(__name__)
-CONTRASTIVE, CLASSIFICATION = "contrastive", "image-classification"
-RECIPES = resources.files(__package__) / "recipes"
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-@dataclass
-class ModelArguments:
-    """What is trained.
-
-    Args:
-        model_name_or_path: A DiffCLIP to go on from, a folder or an id on the Hub.
-        model_config: Of a model that starts from random weights: `DiffCLIPConfig`'s fields, or a folder or an id.
-        tokenizer: A CLIP tokenizer, a folder or an id, for a model that starts from random weights.
-        task: `"contrastive"`, on images with captions, or `"image-classification"`, on images with labels.
-        linear_probe: Whether a classifier's image tower stays as it is.
-        lora_rank: The rank of LoRA adapters on the attention's projections, which alone are trained; 0 for none.
-        lora_alpha: Their scale, over the rank; by default twice the rank.
-        lora_dropout: The dropout before them.
-        attn_implementation: As in `from_pretrained`.
-    """
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A DiffCLIP to go on from: a folder or an id on the Hub."}
-    )
-    model_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of a model that starts from random weights: DiffCLIPConfig's fields as JSON, {} for ViT-B/16, or "
-            "a folder or an id on the Hub."
-        },
-    )
-    tokenizer: str = field(
-        default="openai/clip-vit-base-patch16",
-        metadata={"help": "A CLIP tokenizer for a model that starts from random weights: a folder or an id."},
-    )
-    task: str = field(
-        default=CONTRASTIVE, metadata={"help": "What to train for.", "choices": [CONTRASTIVE, CLASSIFICATION]}
-    )
-    linear_probe: bool = field(default=False, metadata={"help": "Whether a classifier's image tower stays as it is."})
-    lora_rank: int = field(
-        default=0, metadata={"help": "Train LoRA adapters of this rank on q, k, v and out alone; 0 for none."}
-    )
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; by default twice the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
-
-
-@dataclass
-class DataArguments:
-    """What it is trained and evaluated on.
-
-    Args:
-        train_data: Images with captions, as `load_image_text_dataset` takes them, or with labels, as
-            `load_image_label_dataset` does.
-        train_split: Which part of it.
-        eval_data, eval_split: Likewise, to evaluate on; recall and loss, or accuracy.
-        zero_shot_data, zero_shot_split: Images with labels, for a contrastive model's zero-shot accuracy.
-        zero_shot_templates: Prompts with `{}` for the label, or `imagenet` for the 80 that ImageNet is measured with.
-        image_column, caption_column, label_column: Where they aren't called as usual.
-        crop_scale: The least and the largest share of an image's area that a training crop has.
-        global_batch_size: Pairs in a step over all processes, instead of `per_device_train_batch_size`.
-        shuffle_buffer, max_skipped_share, max_broken_share: As in `load_image_text_dataset`.
-        pad_to_max_length: As in `ImageTextCollator`.
-    """
-
-    train_data: str | None = field(
-        default=None,
-        metadata={"help": "Tar shards, Parquet files, a folder or a data set on the Hub, with captions or labels."},
-    )
-    train_split: str = field(default="train", metadata={"help": "Which part of train_data."})
-    eval_data: str | None = field(default=None, metadata={"help": "Likewise, to evaluate on."})
-    eval_split: str = field(default="validation", metadata={"help": "Which part of eval_data."})
-    zero_shot_data: str | None = field(
-        default=None, metadata={"help": "Images with labels, for a contrastive model's zero-shot accuracy."}
-    )
-    zero_shot_split: str = field(default="validation", metadata={"help": "Which part of zero_shot_data."})
-    zero_shot_templates: list[str] = field(
-        default_factory=lambda: ["This is a photo of {}."],
-        metadata={"help": "Prompts with {} for the label, or imagenet for the 80 of ImageNet."},
-    )
-    image_column: str | None = field(default=None, metadata={"help": "The images' column, if not called as usual."})
-    caption_column: str | None = field(default=None, metadata={"help": "The captions' column, likewise."})
-    label_column: str | None = field(default=None, metadata={"help": "The labels' column, likewise."})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.5, 1.0],
-        metadata={"help": "The least and the largest share of an image that a training crop has."},
-    )
-    global_batch_size: int | None = field(
-        default=None, metadata={"help": "Pairs in a step over all processes, for per_device_train_batch_size."}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Samples of tar shards that a worker draws from."})
-    max_skipped_share: float = field(default=0.01, metadata={"help": "The largest share of samples without use."})
-    max_broken_share: float = field(default=0.1, metadata={"help": "The largest share of broken tar shards."})
-    pad_to_max_length: bool = field(default=False, metadata={"help": "Whether texts are padded to full length."})
+# What a fine-tune adds to a model that was trained on captions.
+NEW_WEIGHTS = ("classifier.",)
 
 
 @dataclass
@@ -154,112 +73,17 @@ class Parts:
     compute_metrics: Any = None
 
 
-# Options ------------------------------------------------------------------------------------------------------------
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """Return the options in a YAML or JSON file, or in the package's recipe of that name.
-
-    Raises:
-        ValueError: There is no such file or recipe, or it doesn't hold options.
-    """
-    recipe = RECIPES / f"{name}.yaml"
-    path = Path(name)
-    if not path.is_file() and not recipe.is_file():
-        names = sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
-        raise ValueError(f"--config is {name!r}; it must be a file or one of the recipes {', '.join(names)}.")
-    text = (path if path.is_file() else recipe).read_text(encoding="utf-8")
-    try:
-        # JSON is YAML too.
-        options = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {name} isn't YAML or JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--config {name} holds a {type(options).__name__}; it must hold options by name.")
-    return options
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, DiffCLIPTrainingArguments]:
-    """Return the options of a command line, over those of its `--config`.
-
-    Raises:
-        ValueError: The configuration can't be read or has an option that doesn't exist, or options contradict.
-    """
-    classes = (ModelArguments, DataArguments, DiffCLIPTrainingArguments)
-    parser = HfArgumentParser(
-        classes,  # type: ignore[arg-type]
-        prog="python -m diffclip_hf.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="a file of options, or a recipe's name")
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    name = first.parse_known_args(argv)[0].config
-    if name is not None:
-        options = read_config(name)
-        known = {one.name for cls in classes for one in dataclasses.fields(cls) if one.init}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"--config {name} has {', '.join(unknown)}, which aren't options; see --help.")
-        if isinstance(options.get("model_config"), dict):
-            options["model_config"] = json.dumps(options["model_config"])
-        parser.set_defaults(**options)
-    model_args, data_args, training_args, _ = parser.parse_args_into_dataclasses(list(argv))
-    _check(model_args, data_args, training_args)
-    return model_args, data_args, training_args
-
-
-def _check(model_args: ModelArguments, data_args: DataArguments, training_args: DiffCLIPTrainingArguments) -> None:
-    """Raise a ValueError where options are missing or contradict each other; spread the global batch."""
-    if (model_args.model_name_or_path is None) == (model_args.model_config is None):
-        raise ValueError("Give either model_name_or_path, to go on from a model, or model_config, to start a new one.")
-    if data_args.train_data is None:
-        raise ValueError("train_data is missing; it must name the training data.")
-    if model_args.linear_probe and model_args.task != CLASSIFICATION:
-        raise ValueError(f"linear_probe is True with task={model_args.task!r}; it needs task={CLASSIFICATION!r}.")
-    if model_args.linear_probe and model_args.lora_rank:
-        raise ValueError(f"linear_probe is True and lora_rank is {model_args.lora_rank}; give one of them.")
-    if model_args.lora_rank < 0:
-        raise ValueError(f"lora_rank is {model_args.lora_rank}; it must be at least 0.")
-    if model_args.lora_rank and not is_peft_available():
-        raise ValueError(f"lora_rank is {model_args.lora_rank}, which needs peft; pip install peft.")
-    if data_args.zero_shot_data is not None and model_args.task != CONTRASTIVE:
-        raise ValueError(f"zero_shot_data is given with task={model_args.task!r}; it needs task={CONTRASTIVE!r}.")
-    processes = training_args.world_size * training_args.gradient_accumulation_steps
-    if data_args.global_batch_size is not None:
-        if data_args.global_batch_size % processes:
-            raise ValueError(
-                f"global_batch_size is {data_args.global_batch_size}; it must be a multiple of {processes}, the "
-                "processes times gradient_accumulation_steps."
-            )
-        training_args.per_device_train_batch_size = data_args.global_batch_size // processes
-
-
 # Models -------------------------------------------------------------------------------------------------------------
-
-
-def build_config(model_config: str) -> DiffCLIPConfig:
-    """Return a configuration from its fields as JSON, or from a folder or the Hub.
-
-    Raises:
-        ValueError: The fields aren't JSON.
-    """
-    if not model_config.lstrip().startswith("{"):
-        return DiffCLIPConfig.from_pretrained(model_config)
-    try:
-        return DiffCLIPConfig(**json.loads(model_config))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model_config is {model_config!r}, which isn't JSON: {error}") from error
 
 
 def build_processor(config: DiffCLIPConfig, tokenizer: str) -> DiffCLIPProcessor:
     """Return the processor of a model that starts from random weights, and note the tokenizer's ids in `config`.
 
     Raises:
-        ValueError: The tokenizer has more tokens than the configuration.
+        ValueError: There is no such tokenizer, it's empty, or it has more tokens than the configuration.
     """
     text_config, side = config.text_config, config.vision_config.image_size
-    loaded = DiffCLIPTokenizer.from_pretrained(tokenizer)
+    loaded = load_tokenizer(tokenizer, DiffCLIPTokenizer)
     if len(loaded) > text_config.vocab_size:
         raise ValueError(
             f"The tokenizer {tokenizer!r} has {len(loaded)} tokens; vocab_size, {text_config.vocab_size}, must be at "
@@ -268,6 +92,7 @@ def build_processor(config: DiffCLIPConfig, tokenizer: str) -> DiffCLIPProcessor
     loaded.model_max_length = text_config.max_position_embeddings
     text_config.bos_token_id, text_config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
     text_config.pad_token_id = loaded.pad_token_id
+    check_tokenizer(loaded, config, tokenizer)
     image_processor = DiffCLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
@@ -282,9 +107,11 @@ def build_model(args: ModelArguments, labels: Sequence[str] | None) -> tuple[nn.
         options["attn_implementation"] = args.attn_implementation
     names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}} if labels else {}
     if args.model_name_or_path is not None:
-        processor = DiffCLIPProcessor.from_pretrained(args.model_name_or_path)
+        name = args.model_name_or_path
+        processor = load_processor(name, load_config(name, DiffCLIPConfig), DiffCLIPProcessor)
+        new = () if labels is None else NEW_WEIGHTS
         # Float32 whatever the folder has: small updates are lost in half precision.
-        model = cls.from_pretrained(args.model_name_or_path, dtype=torch.float32, **names, **options)
+        model = load_model(name, cls, new=new, dtype=torch.float32, **names, **options)
     else:
         config = build_config(args.model_config or "")
         processor = build_processor(config, args.tokenizer)
@@ -371,12 +198,14 @@ def contrastive_parts(
             image_column=data_args.image_column,
             label_column=data_args.label_column,
         )
-        templates = data_args.zero_shot_templates
+        templates = zero_shot_templates(data_args)
+        # Labels that make no texts would stop the first evaluation, which may be hours away.
+        label_texts(labels, templates)
         parts.zero_shot = ZeroShotTask(
             dataset,
             ImageLabelCollator(processor, train=False, max_skipped_share=data_args.max_skipped_share),
             labels,
-            IMAGENET_TEMPLATES if templates == ["imagenet"] else templates,
+            templates,
         )
     return parts
 
@@ -430,15 +259,15 @@ def resume_point(training_args: DiffCLIPTrainingArguments) -> str | None:
     """
     asked, folder = training_args.resume_from_checkpoint, training_args.output_dir
     found = last_checkpoint(folder or "")
-    if asked is None:
+    if asked is None or asked.lower() in ("false", "no", "none"):
         if found is not None:
             raise ValueError(
                 f"output_dir {folder} has {Path(found).name}; resume with --resume_from_checkpoint last, or name a "
                 "new folder."
             )
         return None
-    if asked.lower() not in ("last", "true"):
-        return asked
+    if asked.lower() not in ("last", "true", "yes"):
+        return str(check_path(asked, "resume_from_checkpoint"))
     if found is None:
         raise ValueError(f"resume_from_checkpoint is {asked!r}, but output_dir {folder} has no complete checkpoint.")
     return found
@@ -460,6 +289,8 @@ def run(
             "--multi_gpu, or use torchrun; and pass --use_cpu."
         )
     checkpoint = resume_point(training_args)
+    if training_args.should_save:
+        check_output_file(Path(training_args.output_dir or "", "training_args.bin"))
     set_seed(training_args.seed)
     make_parts = contrastive_parts if model_args.task == CONTRASTIVE else classification_parts
     parts = make_parts(model_args, data_args, training_args)
@@ -487,7 +318,7 @@ def run(
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
-    if parts.eval_dataset is not None:
+    if parts.eval_dataset is not None or parts.zero_shot is not None:
         metrics |= trainer.evaluate()
     trainer.save_metrics("all", metrics, combined=False)
     if training_args.should_save:
@@ -504,12 +335,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where an option or the data doesn't fit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        run(*parse_arguments(sys.argv[1:] if argv is None else argv))
-    except (ValueError, FileNotFoundError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: run(*parse_arguments(sys.argv[1:] if argv is None else argv)), logger)
 
 
 if __name__ == "__main__":

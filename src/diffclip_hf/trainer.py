@@ -202,7 +202,8 @@ class DiffCLIPTrainer(Trainer):
         model, args: As in `Trainer`, with `DiffCLIPTrainingArguments`.
         eval_data_collator: Makes the batches of evaluation and prediction, if not `data_collator`: training's cuts
             images at random.
-        zero_shot: Labelled images to classify in each evaluation; it needs a tokenizer in `processing_class`.
+        zero_shot: Labelled images to classify in each evaluation, alone where there is no `eval_dataset`; it needs a
+            tokenizer in `processing_class`.
         **kwargs: What else `Trainer` takes.
 
     Raises:
@@ -226,7 +227,13 @@ class DiffCLIPTrainer(Trainer):
     ):
         if not isinstance(args, DiffCLIPTrainingArguments):
             raise TypeError(f"args is of type {type(args).__name__}; it must be DiffCLIPTrainingArguments.")
+        only_zero_shot = zero_shot is not None and kwargs.get("eval_dataset") is None
+        if only_zero_shot:
+            # Trainer takes an evaluation strategy only with a dataset.
+            kwargs["eval_dataset"] = []
         super().__init__(model, args, **kwargs)
+        if only_zero_shot:
+            self.eval_dataset = None
         if model is not None:
             self._prepare_weights(model)
         self.eval_data_collator = eval_data_collator or self.data_collator
@@ -455,6 +462,17 @@ class DiffCLIPTrainer(Trainer):
             outputs = model(**inputs)
         embeds = tuple(part.float() for part in (outputs.text_embeds, outputs.image_embeds) if part is not None)
         return None, embeds[0] if len(embeds) == 1 else embeds, labels
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as `Trainer` does; where there are labelled images alone, on those."""
+        if eval_dataset is not None or self.eval_dataset is not None or self.zero_shot is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_zero_shot_accuracy": self._zero_shot_accuracy(self.zero_shot)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def evaluation_loop(
         self,

@@ -1,0 +1,233 @@
+"""Options of a command line and of a file, by the same types."""
+
+import argparse
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .commands import one_line
+from .loading import closest
+
+
+KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+# What YAML reads as a boolean.
+YAML_WORDS = {True: ("yes", "on", "true"), False: ("no", "off", "false", "none")}
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without a key given twice, and with `1e-5` as the number that it is in YAML 1.2 and JSON."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        try:
+            twice = {key for key in keys if keys.count(key) > 1}
+        except TypeError as error:
+            raise yaml.constructor.ConstructorError(None, None, "a key isn't a word", node.start_mark) from error
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice.pop()} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object that JSON's pairs make.
+
+    Raises:
+        ValueError: A key is given twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def parse_json_object(text: str, what: str) -> dict[str, Any]:
+    """Return the JSON object in a text.
+
+    Raises:
+        ValueError: It's no JSON, or JSON of another kind, or gives a key twice; the message calls it `what`.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} isn't JSON: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} holds a {type(found).__name__}; it must hold fields by name, as in {{...}}.")
+    return found
+
+
+def read_options(path: Path, what: str) -> dict[str, Any]:
+    """Return the options in a YAML or JSON file.
+
+    Raises:
+        ValueError: It can't be read or holds something else, or a key twice; the message calls it `what`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} can't be read: {one_line(error)}") from error
+    if path.suffix.lower() == ".json":
+        return parse_json_object(text, what)
+    try:
+        options = yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} isn't YAML or JSON: {one_line(error)}") from error
+    if not isinstance(options, dict):
+        held = "nothing" if options is None else f"a {type(options).__name__}"
+        raise ValueError(f"{what} holds {held}; it must hold options by name.")
+    return options
+
+
+# Types --------------------------------------------------------------------------------------------------------------
+
+
+def check_names(names: Iterable[Any], known: Iterable[str], what: str) -> None:
+    """Raise a ValueError for names that aren't among the known ones, with those that are spelt alike.
+
+    Args:
+        names: What was given.
+        known: What there is.
+        what: What the names are given in, and what they must be: `"{what} has nme, which isn't …"`.
+    """
+    known = set(known)
+    if unknown := [str(name) for name in names if name not in known]:
+        raise ValueError(
+            f"{what} has {unknown[0]!r}, which isn't one of its names{closest(unknown[0], sorted(known))}"
+        )
+
+
+class OptionParser(HfArgumentParser):
+    """Transformers' parser of data classes, with errors of one line, and for options of a file too.
+
+    Args:
+        classes: The data classes.
+        words: Option → boolean → what it stands for there, where an option takes words.
+        kwargs: As in `argparse.ArgumentParser`.
+
+    Raises:
+        ValueError: From the parsing, where an option or its value doesn't fit.
+    """
+
+    def __init__(self, classes: Sequence[type], words: dict[str, dict[bool, Any]], **kwargs: Any):
+        self.options: dict[str, argparse.Action] = {}
+        self.words = words
+        hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+        self.kinds = {name: self._kinds_of(hint) for name, hint in hints.items()}
+        super().__init__(classes, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _kinds_of(hint: Any) -> set[Any]:
+        """Return the types of a type hint, without what they hold."""
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        return {typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if is_union else (hint,))}
+
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*names, **kwargs)
+        self.options.setdefault(action.dest, action)
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; see --help.")
+
+    def given(self, argv: Sequence[str]) -> set[str]:
+        """Return the names of the options on a command line."""
+        flags = {flag: name for name, action in self.options.items() for flag in action.option_strings}
+        return {flags[word.split("=")[0]] for word in argv if word.split("=")[0] in flags}
+
+    def parse(self, argv: Sequence[str], from_file: dict[str, Any], what: str) -> tuple[Any, ...]:
+        """Return an object of each class, from the command line over a file.
+
+        Args:
+            argv: The command line.
+            from_file: The file's options.
+            what: What the file is called in messages.
+        """
+        check_names(from_file, self.kinds.keys() & self.options.keys(), what)
+        self.set_defaults(**{name: self.typed(name, value, what) for name, value in from_file.items()})
+        *parsed, rest = self.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            flags = [flag for action in self.options.values() for flag in action.option_strings]
+            raise ValueError(f"{rest[0]!r} isn't an option{closest(rest[0], flags)} See --help.")
+        return tuple(parsed[: len(self.dataclass_types)])
+
+    def typed(self, name: str, value: Any, what: str) -> Any:
+        """Return a file's value as the command line would have it.
+
+        Raises:
+            ValueError: The option takes no such value.
+        """
+        kinds, option = self.kinds[name], f"{name} in {what}"
+        if value is None:
+            if type(None) not in kinds:
+                raise ValueError(f"{option} is null; it must be {self._wanted(name)}, or left out for the default.")
+            return None
+        if isinstance(value, dict):
+            if dict not in kinds:
+                raise ValueError(f"{option} holds fields by name; it must be {self._wanted(name)}.")
+            return value
+        if isinstance(value, list):
+            if list not in kinds:
+                raise ValueError(f"{option} is a list; it must be {self._wanted(name)}.")
+            if not value and self.options[name].nargs == "+":
+                raise ValueError(f"{option} is an empty list; it must have at least one value.")
+            return [self._converted(name, one, option) for one in value]
+        if isinstance(value, bool) and bool not in kinds:
+            found = self._word(name, value, option)
+        else:
+            found = self._converted(name, value, option)
+        return [found] if self.options[name].nargs == "+" else found
+
+    def _wanted(self, name: str) -> str:
+        """Return what an option must be, in words."""
+        action, kinds = self.options[name], self.kinds[name]
+        if action.choices is not None:
+            return "one of " + ", ".join(map(str, action.choices))
+        if bool in kinds:
+            return "true or false"
+        kind: Any = action.type
+        wanted = KIND_NAMES.get(kind, "a text")
+        return f"{wanted} or a list" if list in kinds else wanted
+
+    def _word(self, name: str, value: bool, option: str) -> Any:
+        """Return what a boolean stands for where an option takes words."""
+        if value in self.words.get(name, {}):
+            return self.words[name][value]
+        for word in YAML_WORDS[value]:
+            if word in (self.options[name].choices or ()):
+                return word
+        raise ValueError(f"{option} is {str(value).lower()}; it must be {self._wanted(name)}.")
+
+    def _converted(self, name: str, value: Any, option: str) -> Any:
+        """Return a single value, converted from its text as on the command line."""
+        action = self.options[name]
+        convert: Callable[[str], Any] = action.type if callable(action.type) else str
+        wrong = f"{option} is {value!r}; it must be {self._wanted(name)}"
+        if isinstance(value, (dict, list, set, bytes)) or (isinstance(value, bool) and bool not in self.kinds[name]):
+            raise ValueError(f"{wrong}.")
+        try:
+            found = convert(str(value))
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{wrong}.") from error
+        if action.choices is not None and found not in action.choices:
+            raise ValueError(wrong + closest(str(value), map(str, action.choices)))
+        return found
+
+
+__all__ = ["OptionParser", "check_names", "parse_json_object", "read_options"]
