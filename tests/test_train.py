@@ -90,7 +90,7 @@ def test_the_command_line_overrides_the_file(tmp_path, data):
     config = tmp_path / "options.yaml"
     config.write_text(
         "model_config: {projection_dim: 24}\nlearning_rate: 0.25\nweight_decay: 0.125\ntrain_data: there\n"
-        "lr_scheduler_kwargs: {min_lr: 0.5}\ncrop_scale: [0.75, 1.0]\nuse_cpu: true\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 5e-1}\ncrop_scale: [0.75, 1.0]\nuse_cpu: true\n"
     )
     line = ["--config", str(config), "--learning_rate", "0.5", "--output_dir", str(tmp_path)]
     model_args, data_args, training_args = parse_arguments(line)
@@ -161,7 +161,7 @@ def test_recipes_are_the_papers(recipe, tmp_path):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    warmup = steps // args.num_train_epochs
+    warmup = round(steps / args.num_train_epochs)
     assert rates[0] == pytest.approx(1e-6)
     assert max(rates) == pytest.approx(5e-4)
     assert rates.index(max(rates)) == pytest.approx(warmup - 1, abs=1)

@@ -13,7 +13,7 @@ import torch
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from .commands import require_extra
+from .commands import one_line, require_extra
 from .configuration_diffclip import DiffCLIPConfig
 from .loading import load_config
 from .options import OptionParser, check_names, parse_json_object, read_options
@@ -348,8 +348,8 @@ def _check_scheduler(args: DiffCLIPTrainingArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type is {str(args.lr_scheduler_type)!r} with lr_scheduler_kwargs="
-            f"{args.lr_scheduler_kwargs}: {error}"
+            f"lr_scheduler_type is {args.lr_scheduler_type.value!r} with lr_scheduler_kwargs="
+            f"{args.lr_scheduler_kwargs}: {one_line(error)}."
         ) from error
 
 
@@ -399,7 +399,7 @@ def _check(
     evaluated = data_args.eval_data is not None or data_args.zero_shot_data is not None
     if training_args.eval_strategy != "no" and not evaluated:
         raise ValueError(
-            f"eval_strategy is {str(training_args.eval_strategy.value)!r}; it needs eval_data or zero_shot_data."
+            f"eval_strategy is {training_args.eval_strategy.value!r}; it needs eval_data or zero_shot_data."
         )
     _check_scheduler(training_args)
     _check_best_metric(model_args, data_args, training_args)
