@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .evaluation_model import check_clip_like, text_options
 from .image_processing_pil_diffclip import to_rgb
+from .loading import check_device, load_model, load_processor
 
 
 MODEL_TYPE = "diffclip"
@@ -88,11 +89,13 @@ def load_for_clip_benchmark(
         device: Where the model goes, in float32.
 
     Raises:
-        ValueError: The model gives no embeddings of images or texts.
+        ValueError: There's no such device or model, it gives no embeddings of images or texts, or weights or a part of
+            the processor are missing or another model's.
     """
     options: dict[str, Any] = {"revision": pretrained, "cache_dir": cache_dir}
-    model = AutoModel.from_pretrained(model_name, dtype=torch.float32, **options)
-    processor = AutoProcessor.from_pretrained(model_name, **options)
+    device = check_device(device)
+    model = load_model(model_name, dtype=torch.float32, **options)
+    processor = load_processor(model_name, model.config, **options)
     return (
         BenchmarkModel(model).to(device).eval(),
         BenchmarkTransform(processor.image_processor),
@@ -101,8 +104,15 @@ def load_for_clip_benchmark(
 
 
 def register() -> None:
-    """Make `load_for_clip_benchmark` one of clip_benchmark's loaders, under the model type `diffclip`."""
-    from clip_benchmark import models
+    """Make `load_for_clip_benchmark` one of clip_benchmark's loaders, under the model type `diffclip`.
+
+    Raises:
+        ImportError: clip_benchmark isn't installed.
+    """
+    try:
+        from clip_benchmark import models
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} can't be imported; pip install clip-benchmark.") from error
 
     models.TYPE2FUNC[MODEL_TYPE] = load_for_clip_benchmark
     # The command line's choices.
