@@ -90,7 +90,8 @@ def test_the_command_line_overrides_the_file(tmp_path, data):
     config = tmp_path / "options.yaml"
     config.write_text(
         "model_config: {projection_dim: 24}\nlearning_rate: 0.25\nweight_decay: 0.125\ntrain_data: there\n"
-        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 5e-1}\ncrop_scale: [0.75, 1.0]\nuse_cpu: true\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 5e-1}\ncrop_scale: [0.75, 1.0]\n"
+        "use_cpu: true\n"
     )
     line = ["--config", str(config), "--learning_rate", "0.5", "--output_dir", str(tmp_path)]
     model_args, data_args, training_args = parse_arguments(line)
