@@ -1,8 +1,8 @@
 """The web demo: what it computes, what it refuses, and the page in a real browser."""
 
 import re
+import shutil
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -23,17 +23,17 @@ pytest.importorskip("selenium", reason="it drives the browser, and the extra `de
 
 from demo_browser import CHROMIUM, DRIVER, LABELS, DemoPage, chromium, served
 
-from diffclip_hf import demo
+from diffclip_hf import DiffCLIPForImageClassification, demo
 from diffclip_hf.demo_scores import (
     MAX_LABEL_CHARACTERS,
     MAX_LABELS,
-    MAX_MEGAPIXELS,
     check_template,
     classify,
     draw_overlay,
     parse_labels,
     read_picture,
 )
+from diffclip_hf.image_reading import MAX_ASPECT, MAX_PIXELS
 
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def bad(tmp_path_factory) -> Path:
     (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (folder / "heavy.png").write_bytes(whole + bytes(21 << 20))
     # Headers alone, of PNGs that would be so large.
-    for name, size in {"large": (10_000, 6_000), "bomb": (60_000, 60_000), "long": (21, 1)}.items():
+    for name, size in {"large": (10_000, 9_000), "bomb": (60_000, 60_000), "long": (201, 1)}.items():
         chunks = [b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0), b"IDAT"]
         packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
         (folder / f"{name}.png").write_bytes(whole[:8] + b"".join(packed))
@@ -141,11 +141,11 @@ def test_pictures_of_every_kind_are_read_as_elsewhere(tmp_path):
     ("name", "words"),
     [
         (None, ["no picture"]),
-        ("text.png", ["not a picture"]),
-        ("truncated.png", ["damaged"]),
-        ("large.png", ["10000×6000", f"{MAX_MEGAPIXELS} megapixels"]),
-        ("bomb.png", [f"{MAX_MEGAPIXELS} megapixels"]),
-        ("long.png", ["21×1", "20 times"]),
+        ("text.png", ["The picture isn't a picture"]),
+        ("truncated.png", ["can't be read"]),
+        ("large.png", ["The picture can't be read", str(MAX_PIXELS)]),
+        ("bomb.png", ["The picture can't be read"]),
+        ("long.png", ["201×1", f"{MAX_ASPECT} times"]),
     ],
 )
 def test_a_picture_that_cannot_be_used(bad, name, words):
@@ -162,6 +162,7 @@ def test_labels():
         " ,\n, ": "no labels",
         ",".join(map(str, range(MAX_LABELS + 1))): f"{MAX_LABELS + 1} labels; .* up to {MAX_LABELS}",
         "a" * (MAX_LABEL_CHARACTERS + 1): "characters",
+        "dog \ud83d": "half a character",
     }.items():
         with pytest.raises(ValueError, match=words):
             parse_labels(text)
@@ -177,7 +178,7 @@ def test_templates():
     for text in ("a photo", "{0}", "{} {:>1000000000}", "{} {0.__class__}", "}{}{"):
         with pytest.raises(ValueError, match="template is"):
             check_template(text)
-    with pytest.raises(ValueError, match="200 characters"):
+    with pytest.raises(ValueError, match="up to 200"):
         check_template("{}" + "a" * 200)
 
 
@@ -193,12 +194,13 @@ def test_a_label_that_is_too_long_is_cut_as_elsewhere():
     ("arguments", "words"),
     [
         ([], "MODEL is missing"),
-        (["no/such/folder"], "MODEL is 'no/such/folder'"),
-        ([str(PICTURES)], "MODEL is"),
+        (["no/such/folder"], "no/such/folder"),
+        ([str(PICTURES)], "config.json"),
         ([MODEL, MODEL + "/"], "called 'diffclip-emoji' too"),
-        ([MODEL, "--device", "abacus"], "--device is 'abacus'"),
+        ([MODEL, "--device", "abacus"], "device 'abacus'"),
         ([MODEL, "--examples", "nowhere"], "'nowhere' isn't a folder"),
         ([MODEL, "--write-space", str(PICTURES)], "not an empty folder"),
+        ([MODEL, "--port", "70000"], "--port is 70000"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, words, caplog, monkeypatch):
@@ -208,13 +210,19 @@ def test_the_command_says_what_is_wrong(arguments, words, caplog, monkeypatch):
     assert len(caplog.text.strip().splitlines()) == 1
 
 
-def test_a_missing_folder_ends_the_process_with_one_line():
-    command = [sys.executable, "-m", "diffclip_hf.demo", "no/such/folder"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "no/such/folder" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("option", [["--port", "1"], ["--write-space", "space"]])
+def test_a_model_that_lacks_a_part_is_refused_before_anything_is_served(tmp_path, option, caplog, monkeypatch):
+    """A classifier's folder has no text tower."""
+    monkeypatch.chdir(tmp_path)
+    DiffCLIPForImageClassification.from_pretrained(MODEL, num_labels=3).save_pretrained("classifier")
+    shutil.copytree(MODEL, "tokenless")
+    Path("tokenless", "tokenizer.json").unlink()
+    for name, words in {"classifier": "text_model", "tokenless": "tokenizer"}.items():
+        caplog.clear()
+        AutoProcessor.from_pretrained(MODEL).save_pretrained("classifier")
+        assert demo.main([name, *option]) == 1
+        assert words in caplog.text
+        assert not Path("space").exists()
 
 
 def test_a_space_runs_without_the_package(tmp_path, stock):
@@ -223,6 +231,15 @@ def test_a_space_runs_without_the_package(tmp_path, stock):
 
     space = tmp_path / "space"
     assert demo.main([MODEL, "--write-space", str(space), "--examples", str(PICTURES)]) == 0
+    left = shutil.copytree(MODEL, tmp_path / "with-secrets")
+    for name in ("training_args.bin", ".env", "optimizer.pt"):
+        (left / name).write_text("hf_SECRET")
+    (left / "notes.txt").symlink_to(left / ".env")
+    assert demo.main([str(left), "--write-space", str(tmp_path / "other")]) == 0
+    assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file() and b"hf_S" in path.read_bytes()]
+    assert {path.name for path in (tmp_path / "other" / "with-secrets").iterdir()} == {
+        path.name for path in Path(MODEL).iterdir()
+    }
     front_matter = metadata_load(space / "README.md")
     assert (front_matter["sdk"], front_matter["sdk_version"]) == ("gradio", __version__)
     assert front_matter["models"] == ["diffclip-emoji"]
@@ -244,6 +261,8 @@ def test_a_space_runs_without_the_package(tmp_path, stock):
             bars, _, _ = client.predict(picture, LABELS, "a drawing of {}", "diffclip-emoji", api_name="/classify")
         finally:
             client.close()
+    # What was stored went when the process was told to end.
+    assert not [path for path in (tmp_path / "uploads").rglob("*") if not path.is_dir()]
     assert bars["label"] == "pizza"
     found = {entry["label"]: entry["confidence"] for entry in bars["confidences"]}
     assert found == pytest.approx(stock, abs=CLOSE)
@@ -256,7 +275,8 @@ def test_a_space_runs_without_the_package(tmp_path, stock):
 def server(clip, tmp_path_factory):
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("chromium or chromedriver is missing")
-    with served([sys.executable, "-m", "diffclip_hf.demo", MODEL, clip], tmp_path_factory.mktemp("server")) as url:
+    command = [sys.executable, "-m", "diffclip_hf.demo", MODEL, clip, "--examples", str(PICTURES)]
+    with served(command, tmp_path_factory.mktemp("server")) as url:
         yield url
 
 
@@ -301,6 +321,15 @@ def test_a_picture_is_classified(page, stock):
     assert np.abs(third.astype(int) - draw_overlay(found, "snowman")).max() <= 1
 
 
+def test_an_example_is_classified(page):
+    page.wait(lambda: len(page.find("#examples .gallery-item img")) == 8)
+    names = sorted(path.stem for path in PICTURES.glob("*.png"))
+    page.find("#examples .gallery-item")[names.index("rocket")].click()
+    page.wait(lambda: page.source("picture"))
+    page.write(LABELS)
+    assert next(iter(page.classify())) == "rocket"
+
+
 def test_a_change_takes_the_old_answer_away(page, clip):
     page.upload_and_see(PICTURES / "pizza.png")
     page.write(LABELS)
@@ -339,9 +368,9 @@ def test_the_page_says_what_is_wrong_and_goes_on(page, bad):
     page.upload(bad / "heavy.png")
     assert "exceed the maximum allowed size of 20" in page.message()
     for name, words in {
-        "text.png": "not a picture",
-        "truncated.png": "damaged",
-        "large.png": f"{MAX_MEGAPIXELS} megapixels",
+        "text.png": "isn't a picture",
+        "truncated.png": "can't be read",
+        "large.png": f"{MAX_PIXELS:,}",
     }.items():
         page.upload_and_see(bad / name)
         page.press()

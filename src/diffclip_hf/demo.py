@@ -4,41 +4,56 @@
     python -m diffclip_hf.demo MODEL [MODEL ...] --write-space DIR [--examples FOLDER]
 
 MODEL is a folder or an id on the Hub, of a DiffCLIP or of Transformers' CLIP. The page fetches nothing from elsewhere,
-and nothing is reported to anyone.
+and nothing is reported to anyone. It reads pictures that were uploaded to it and no others, and deletes them after an
+hour, or when it stops. Where it listens on loopback, it answers requests for localhost alone; --allowed-host NAME lets
+another name in, such as a proxy's.
 
 --write-space writes a Hugging Face Space: this file as `app.py`, the package, `requirements.txt` and a `README.md`.
 Started without MODEL, as a Space starts it, the file takes the models from `models` in the front matter of the
 `README.md` beside it, where a name is the folder of that name beside it, or else an id on the Hub; to change a Space's
 models, change that list. Pictures in a folder `examples` beside it are offered as examples.
+
+Of a model's folder a Space gets the configuration, the weights as safetensors and the processor, and nothing else;
+links are refused. Examples are written anew, without what a camera noted in them, such as the place.
 """
 
 import argparse
+import html
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import metadata_load
-from transformers import AutoConfig
+
+# By the package's name rather than relatively, since as a Space's `app.py` this file lies outside the package.
+from diffclip_hf.commands import require_extra, run_command, stop_without_extra
 
 
 try:
     import gradio as gr
-except ImportError as error:
-    raise ImportError("The demo needs Gradio; pip install 'diffclip-hf[demo]'.") from error
+except ModuleNotFoundError as error:
+    stop_without_extra(error, "demo", __name__)
+from starlette.middleware import Middleware
 
-# By the package's name rather than relatively, since as a Space's `app.py` this file lies outside the package.
-from diffclip_hf.demo_scores import MAX_LABELS, classify, draw_overlay
-from diffclip_hf.demo_space import EXAMPLES, write_space
+from diffclip_hf.demo_guard import MAX_AGE, MAX_MEGABYTES, Guard, host_names, private_store, sweeping, uploaded_file
+from diffclip_hf.demo_scores import MAX_LABELS, classify, draw_overlay, load_pair
+from diffclip_hf.demo_space import EXAMPLES, prepare_examples, write_space
+from diffclip_hf.loading import check_device, find_source, load_config
+from diffclip_hf.whole_files import check_output_folder
 from diffclip_hf.zero_shot import image_files
 
 
 logger = logging.getLogger("diffclip_hf.demo")
 HERE = Path(__file__).resolve().parent
-MAX_MEGABYTES = 20
 SHOWN_BARS, MAX_EXAMPLES = 10, 12
+# Of requests in the queue, and of results that are kept for who asked, a megabyte each.
+MAX_WAITING, MAX_SESSIONS = 32, 200
 TEMPLATES = ("{}", "a photo of a {}.", "This is a photo of {}.")
 TEMPLATE_INFO = (
     "{} stands for the label. {} alone takes labels as written: right for whole captions, and for models trained on "
@@ -58,34 +73,49 @@ is shown; each label's colours are on a scale of their own.
 """
 
 
-def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequence[Path] = ()) -> gr.Blocks:
+def build_page(
+    models: Mapping[str, str], store: Path, device: str | torch.device = "cpu", examples: Sequence[Path] = ()
+) -> gr.Blocks:
     """Return the page.
 
     Args:
         models: What each model is called on the page → its folder or its id on the Hub.
-        device: Where they run.
-        examples: Pictures to choose from.
+        store: The folder that `private_store` gives, in whose context this is called.
+        device: Where the models run.
+        examples: Pictures to choose from, in the store.
     """
 
     def on_classify(upload, labels, template, shown):
         inputs = (upload, labels, template, shown)
         try:
+            path = None if upload is None else str(uploaded_file(dict(upload).get("path"), store))
+            if not all(isinstance(text, str) for text in (labels or "", template or "", shown)):
+                raise ValueError("Labels, template and model must be texts.")
             if shown not in models:
                 raise ValueError(f"There is no model {shown!r:.200}; choose one of {', '.join(models)}.")
-            classified = classify(upload and upload["path"], labels or "", template, models[shown], device)
+            classified = classify(path, labels or "", template, models[shown], device)
             best = next(iter(classified.scores))
             drawn = draw_overlay(classified, best, device)
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), title="That can't be classified", print_exception=False) from error
+        except (ValueError, TypeError, OSError) as error:
+            # Gradio shows HTML.
+            text = html.escape(str(error), quote=False)
+            raise gr.Error(text, title="That can't be classified", print_exception=False) from error
         if classified.cut:
-            gr.Warning(f"Longer than the model's texts, and cut: {', '.join(classified.cut)}.", title="Labels cut")
+            cut = html.escape(", ".join(classified.cut), quote=False)
+            gr.Warning(f"Longer than the model's texts, and cut: {cut}.", title="Labels cut")
         return (inputs, classified), classified.scores, gr.Dropdown(list(classified.scores), value=best), drawn
 
     def on_choose(result, label):
-        return draw_overlay(result[1], label, device) if result and label in result[1].scores else None
+        known = result and isinstance(label, str) and label in result[1].scores
+        return draw_overlay(result[1], label, device) if known else None
 
     def on_bar(result, selected: gr.SelectData):
         return selected.value, on_choose(result, selected.value)
+
+    def on_example(number):
+        if not isinstance(number, int) or not 0 <= number < len(examples):
+            raise gr.Error("There is no such example.", print_exception=False)
+        return str(examples[number])
 
     def after_result(result, *inputs):
         if result and result[0] == inputs:
@@ -124,7 +154,14 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
                 model = gr.Dropdown(list(models), label="Model", elem_id="model")
                 run = gr.Button("Classify", variant="primary", elem_id="classify")
                 if examples:
-                    gr.Examples([[str(path)] for path in examples], picture, label="Examples")
+                    # Not Gradio's own `Examples`, whose clicks pass the queue by.
+                    offered = gr.Dataset(
+                        label="Examples",
+                        components=[picture],
+                        samples=[[str(path)] for path in examples],
+                        type="index",
+                        elem_id="examples",
+                    )
             with gr.Column():
                 bars = gr.Label(label="Scores", num_top_classes=SHOWN_BARS, show_heading=False, elem_id="scores")
                 chosen = gr.Dropdown(
@@ -140,11 +177,17 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
                 )
                 gr.Markdown(LEGEND)
         # What was classified, and the result; of the session, on the server.
-        state = gr.State()
+        state = gr.State(time_to_live=MAX_AGE)
         inputs, outputs = [picture, labels, template, model], [state, bars, chosen, drawn]
         # One at a time, for a model is loaded once and takes all cores.
         slow: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        # Beside those, yet in the queue too: there is no other way in.
+        quick: dict[str, Any] = {
+            "concurrency_id": "quick",
+            "concurrency_limit": 8,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
         # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
         asked = [
             run.click(on_classify, inputs, outputs, preprocess=False, api_name="classify", **slow),
@@ -156,27 +199,60 @@ def build_page(models: Mapping[str, str], device: str = "cpu", examples: Sequenc
             event.then(after_result, [state, *inputs], outputs, preprocess=False, **quick)
         changes = [picture.change, labels.change, template.change, model.change]
         gr.on(changes, on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
+        if examples:
+            offered.click(on_example, offered, picture, **quick)
     return page
 
 
-def serve(page: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
-    """Serve a page until the process is interrupted.
+def open_server(
+    page: gr.Blocks, store: Path, host: str | None = None, port: int | None = None, allowed_hosts: Sequence[str] = ()
+) -> str:
+    """Begin to serve a page, until `page.close()`, and return its address.
+
+    Args:
+        page: What `build_page` returned, with the same store.
+        store: The folder that `private_store` gives.
+        host: The address to listen at; by the environment, or else 127.0.0.1.
+        port: By the environment, or else the first free one from 7860.
+        allowed_hosts: Names that requests may be for; see `host_names`.
 
     Raises:
         OSError: The port is taken, or none is free.
     """
-    page.queue(max_size=32).launch(
+    host = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    guard = Middleware(Guard, store=store, hosts=host_names(host, allowed_hosts))
+    page.queue(max_size=MAX_WAITING, api_open=False)
+    _, address, _ = page.launch(
         server_name=host,
         server_port=port,
+        prevent_thread_lock=True,
         share=False,
+        # What else Gradio would open, some of it by the environment.
         ssr_mode=False,
-        show_error=True,
+        mcp_server=False,
+        pwa=False,
+        num_workers=0,
+        enable_monitoring=False,
+        run_history=False,
+        # Errors that are not for the person at the page stay on the log.
+        show_error=False,
+        state_session_capacity=MAX_SESSIONS,
         max_file_size=f"{MAX_MEGABYTES}mb",
         footer_links=[],
         css=STYLE,
         # Fonts of the system, so that none is fetched.
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [guard], "lifespan": sweeping(store)},
     )
+    return address
+
+
+def wait_to_stop() -> None:
+    """Return when the process is interrupted or told to end."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
 
 
 def models_beside() -> list[str]:
@@ -194,27 +270,15 @@ def named_models(names: Sequence[str]) -> dict[str, str]:
     """
     if not names:
         raise ValueError("MODEL is missing; name folders or ids on the Hub.")
-    models = {}
+    models: dict[str, str] = {}
     for name in names:
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"MODEL is {name!r}; it must be a model's folder or id on the Hub: {reason}") from error
-        shown = Path(name).resolve().name if Path(name).is_dir() else name
+        source = find_source(name)
+        load_config(source)
+        shown = Path(source).resolve().name if Path(source).is_dir() else source
         if shown in models:
             raise ValueError(f"MODEL is {name!r}, but another is called {shown!r} too; rename one of the folders.")
-        models[shown] = name
+        models[shown] = source
     return models
-
-
-def check_device(device: str) -> None:
-    """Raise a ValueError for a device that isn't there."""
-    try:
-        torch.empty(0, device=device)
-    # PyTorch raises an AssertionError for a CUDA device where it was built without CUDA.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -228,28 +292,56 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", help="the address to listen at; 127.0.0.1, if the environment says nothing else")
     parser.add_argument("--port", type=int, help="the first free one from 7860, if the environment says nothing else")
+    parser.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name that requests may be for, such as a proxy's; may be given again",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     parser.add_argument("--write-space", metavar="DIR", type=Path, help="write a Hugging Face Space and stop")
     return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write a Space or serve the page, as the command line says.
+
+    Raises:
+        ValueError, OSError, ImportError: An option doesn't fit, or a model can't be used.
+    """
+    require_extra("plotting", "matplotlib")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise ValueError(f"--port is {args.port}; it must be from 1 to 65535.")
+    if args.write_space is not None:
+        check_output_folder(args.write_space)
+    device = check_device(args.device)
+    models = named_models(args.models or models_beside())
+    folder = HERE / EXAMPLES if args.examples is None and (HERE / EXAMPLES).is_dir() else args.examples
+    examples = [] if folder is None else image_files(folder)[:MAX_EXAMPLES]
+    if args.write_space is not None:
+        # What a Space loads from the Hub needn't be here.
+        for name in models.values():
+            if Path(name).is_dir():
+                load_pair(name, "cpu")
+        write_space(args.write_space, Path(__file__), models, examples)
+        return
+    for name in models.values():
+        load_pair(name, device)
+    with private_store() as store:
+        page = build_page(models, store, device, prepare_examples(examples, store / EXAMPLES))
+        open_server(page, store, args.host, args.port, args.allowed_host)
+        try:
+            wait_to_stop()
+        finally:
+            page.close(verbose=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where an option doesn't fit."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     args = build_parser().parse_args(argv)
-    folder = HERE / EXAMPLES if args.examples is None and (HERE / EXAMPLES).is_dir() else args.examples
-    try:
-        models = named_models(args.models or models_beside())
-        examples = [] if folder is None else image_files(folder)[:MAX_EXAMPLES]
-        if args.write_space is not None:
-            write_space(args.write_space, Path(__file__), models, examples)
-        else:
-            check_device(args.device)
-            serve(build_page(models, args.device, examples), args.host, args.port)
-    except (ValueError, OSError, ImportError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: run(args), logger)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,19 @@ Errors are for the person at the page, and say what to do.
 import functools
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoModel, AutoProcessor
+from PIL import Image
 
-from .image_processing_pil_diffclip import to_rgb
+from .image_reading import read_image
+from .loading import load_model, load_processor
 from .visualization import check_model, image_relevance, overlay, shown_images
 from .zero_shot import ZeroShotClassifier
 
 
-MAX_MEGAPIXELS = 50
-# The image processor enlarges the whole picture before it cuts the middle out.
-MAX_ASPECT = 20
 MAX_LABELS = 100
 MAX_LABEL_CHARACTERS, MAX_TEMPLATE_CHARACTERS = 10_000, 200
 # An overlay is about this wide, in pixels.
@@ -49,54 +47,48 @@ class Classified:
 
 
 @functools.cache
-def load_model(name: str, device: str) -> tuple[Any, Any]:
+def load_pair(name: str, device: str | torch.device) -> tuple[Any, Any]:
     """Return a model, float32, under `eager`, and its processor; each is loaded once.
 
     Raises:
-        OSError: There's no such model, or it can't be read.
-        ValueError: It isn't a DiffCLIP or CLIP.
+        ValueError: There's no such model, it isn't a DiffCLIP or CLIP, or a part is missing or another model's.
     """
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, attn_implementation="eager").eval().to(device)
+    model = load_model(name, dtype=torch.float32, attn_implementation="eager").to(device)
     check_model(model)
-    return model, AutoProcessor.from_pretrained(name)
+    return model, load_processor(name, model.config)
 
 
 def read_picture(path: str | None) -> Image.Image:
-    """Read a file: upright, 8-bit RGB, with what is transparent over white, as `to_rgb` does.
+    """Read a file as `read_image` does: upright, 8-bit RGB, with what is transparent over white.
 
     Raises:
-        ValueError: There's no file, it isn't a picture or a damaged one, or it has too many pixels.
+        ValueError: There's no file, it isn't a picture or a damaged one, or its size isn't allowed.
+        OSError: The file can't be read.
     """
     if path is None:
         raise ValueError("There is no picture yet: drop one on the field, or choose an example.")
-    too_large = f"pictures may have up to {MAX_MEGAPIXELS} megapixels. Make it smaller first."
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_MEGAPIXELS * 1_000_000:
-                raise ValueError(f"it is {width}×{height}; {too_large}")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(f"it is {width}×{height}; a side may be up to {MAX_ASPECT} times the other.")
-            return to_rgb(image)
-    except UnidentifiedImageError as error:
-        raise ValueError("The file is not a picture of a kind that can be read, such as PNG, JPEG or WebP.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"The picture can't be used: {too_large}") from error
+        # As bytes, so that an error doesn't say where they lie.
+        return read_image(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(f"The picture can't be used: {error}") from error
-    # Of a damaged file Pillow and its plug-ins raise nearly anything.
-    except Exception as error:
-        raise ValueError(f"The picture is damaged and can't be read to its end: {error}.") from error
+        raise ValueError(str(error).replace("The bytes given", "The picture")) from error
+
+
+def check_text(text: str, what: str, most: int) -> None:
+    """Raise a ValueError for a text that is too long or holds half a character."""
+    if len(text) > most:
+        raise ValueError(f"The {what} has {len(text):,} characters; there may be up to {most:,}.")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"The {what} has half a character, such as of an emoji that was cut in two; write it anew.")
 
 
 def parse_labels(text: str) -> list[str]:
     """Split labels at commas and lines; spaces around them, empty ones and repetitions are dropped.
 
     Raises:
-        ValueError: There's none, or there are too many.
+        ValueError: There's none, there are too many, or `check_text` refuses them.
     """
-    if len(text) > MAX_LABEL_CHARACTERS:
-        raise ValueError(f"The labels have {len(text):,} characters; there may be up to {MAX_LABEL_CHARACTERS:,}.")
+    check_text(text, "list of labels", MAX_LABEL_CHARACTERS)
     labels = list(dict.fromkeys(label for part in re.split(r"[,\n]", text) if (label := " ".join(part.split()))))
     if not labels:
         raise ValueError("There are no labels yet: write some, separated by commas or lines.")
@@ -112,12 +104,11 @@ def check_template(template: str | None) -> str:
         ValueError: It has no `{}` or other braces, which could fill any amount of memory, or is too long.
     """
     template = (template or "").strip() or "{}"
+    check_text(template, "template", MAX_TEMPLATE_CHARACTERS)
     if "{}" not in template or re.search("[{}]", template.replace("{}", "")):
         raise ValueError(
             f"The template is {template!r:.200}; it must have {{}} where the label belongs, and no braces else."
         )
-    if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise ValueError(f"The template may have up to {MAX_TEMPLATE_CHARACTERS} characters.")
     return template
 
 
@@ -131,7 +122,9 @@ def enlarged_view(image: Image.Image, image_processor: Any) -> np.ndarray:
     return shown_images(image_processor([image], return_tensors="pt", **scaled)["pixel_values"], image_processor)[0]
 
 
-def classify(path: str | None, labels: str, template: str | None, name: str, device: str = "cpu") -> Classified:
+def classify(
+    path: str | None, labels: str, template: str | None, name: str, device: str | torch.device = "cpu"
+) -> Classified:
     """Score labels for a picture, as `ZeroShotClassifier` does.
 
     Args:
@@ -143,10 +136,10 @@ def classify(path: str | None, labels: str, template: str | None, name: str, dev
 
     Raises:
         ValueError: An input can't be used; the message is for the person who gave it.
-        OSError: As `load_model` raises.
+        OSError: The file can't be read.
     """
     image, found, template = read_picture(path), parse_labels(labels), check_template(template)
-    model, processor = load_model(name, device)
+    model, processor = load_pair(name, device)
     tokenizer = processor.tokenizer
     lengths = [len(tokenizer(template.format(label), verbose=False)["input_ids"]) for label in found]
     cut = tuple(label for label, length in zip(found, lengths, strict=True) if length > tokenizer.model_max_length)
@@ -161,12 +154,12 @@ def classify(path: str | None, labels: str, template: str | None, name: str, dev
     )
 
 
-def draw_overlay(classified: Classified, label: str, device: str = "cpu") -> np.ndarray:
+def draw_overlay(classified: Classified, label: str, device: str | torch.device = "cpu") -> np.ndarray:
     """Return the picture with what speaks for a label coloured, uint8, (height, width, 3); see `image_relevance`."""
-    model, processor = load_model(classified.model, device)
+    model, processor = load_pair(classified.model, device)
     tokens = processor.tokenizer([classified.template.format(label)], truncation=True, return_tensors="pt")
     relevance = image_relevance(model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
     return overlay(classified.picture, relevance[0, 0])
 
 
-__all__ = ["Classified", "check_template", "classify", "draw_overlay", "load_model", "parse_labels", "read_picture"]
+__all__ = ["Classified", "check_template", "classify", "draw_overlay", "load_pair", "parse_labels", "read_picture"]

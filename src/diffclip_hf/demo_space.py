@@ -10,11 +10,16 @@ import gradio as gr
 import yaml
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
+from PIL import Image
 
+from .image_reading import read_image
+from .remote_code import files_to_share
 from .whole_files import written_whole
 
 
 EXAMPLES = "examples"
+MAX_SIDE = 1024
+PACKAGE_SUFFIXES = {".py", ".txt", ".typed", ".yaml"}
 TEXT = """
 A page to try models on: a picture, labels, their scores, and where the model looks for each. Written by
 `python -m diffclip_hf.demo --write-space`; `models`, above, lists the models.
@@ -32,17 +37,59 @@ def space_requirements() -> list[str]:
     ]
 
 
+def prepare_examples(pictures: Sequence[Path], folder: Path) -> list[Path]:
+    """Write pictures anew for a page to offer, as upright RGB without metadata, and return their paths.
+
+    A side longer than 1,024 pixels is reduced to so many. What a camera noted, such as the place, is for nobody else.
+
+    Args:
+        pictures: Their files.
+        folder: It's made.
+
+    Raises:
+        ValueError: One is a link, or `read_image` can't read it.
+    """
+    found = []
+    for number, path in enumerate(pictures):
+        if path.is_symlink():
+            raise ValueError(f"The example {path} is a link; only files are shown, so copy the picture there.")
+        picture = read_image(path)
+        picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        folder.mkdir(exist_ok=True)
+        found.append(folder / f"{number:02}-{path.stem}.png")
+        picture.save(found[-1])
+    return found
+
+
+def copy_package(folder: Path) -> None:
+    """Copy the package's code and data files into a folder, and nothing else that may lie beside them.
+
+    Raises:
+        ValueError: One is a link.
+    """
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*")):
+        place = path.relative_to(package)
+        if path.suffix not in PACKAGE_SUFFIXES or any(part.startswith(".") for part in place.parts):
+            continue
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; install the package with files of its own.")
+        if path.is_file():
+            (folder / place.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / place)
+
+
 def write_space(folder: Path, app: Path, models: Mapping[str, str], examples: Sequence[Path] = ()) -> None:
     """Write a Hugging Face Space, whole or not at all.
 
     Args:
         folder: New or empty.
         app: The file that a Space starts.
-        models: What each is called → its folder, which is copied, or its id on the Hub.
-        examples: Pictures, which are copied.
+        models: What each is called → its folder, of which `files_to_share` are copied, or its id on the Hub.
+        examples: Pictures; see `prepare_examples`.
 
     Raises:
-        ValueError: A folder's name can't be one of a model on the Hub.
+        ValueError: A folder's name can't be one of a model on the Hub, or a file to copy is a link.
         OSError: `folder` isn't empty, or a file can't be read or written.
         ImportError: The package was not installed, so that it isn't known what it needs.
     """
@@ -58,20 +105,16 @@ def write_space(folder: Path, app: Path, models: Mapping[str, str], examples: Se
     }
     with written_whole(folder) as beside:
         shutil.copyfile(app, beside / "app.py")
-        shutil.copytree(Path(__file__).parent, beside / "diffclip_hf", ignore=shutil.ignore_patterns("__pycache__"))
+        copy_package(beside / "diffclip_hf")
         text = f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---\n{TEXT}"
         (beside / "README.md").write_text(text, encoding="utf-8")
         (beside / "requirements.txt").write_text("\n".join(space_requirements()) + "\n", encoding="utf-8")
         for shown, name in models.items():
             if Path(name).is_dir():
                 (beside / shown).mkdir()
-                for path in Path(name).iterdir():
-                    # Without checkpoints and other folders.
-                    if path.is_file():
-                        shutil.copyfile(path, beside / shown / path.name)
-        for number, path in enumerate(examples):
-            (beside / EXAMPLES).mkdir(exist_ok=True)
-            shutil.copyfile(path, beside / EXAMPLES / f"{number:02}-{path.name}")
+                for path in files_to_share(name):
+                    shutil.copyfile(path, beside / shown / path.name)
+        prepare_examples(examples, beside / EXAMPLES)
 
 
-__all__ = ["EXAMPLES", "write_space"]
+__all__ = ["EXAMPLES", "prepare_examples", "write_space"]
