@@ -28,7 +28,7 @@ ARROWS = {
     "image_processing_pil_diffclip": {"image_processing_diffclip", "image_reading"},
     "image_processing_diffclip": {"image_processing_pil_diffclip", "image_reading"},
     "image_reading": set(),
-    "processing_diffclip": {"image_processing_diffclip", "image_processing_pil_diffclip"},
+    "processing_diffclip": {"image_processing_diffclip", "image_processing_pil_diffclip", "image_reading"},
     "remote_code": {"whole_files"},
     "export_onnx": {"configuration_diffclip", "machine", "modeling_diffclip", "remote_code", "whole_files"},
     "clip_benchmark_loader": {"evaluation_model", "image_processing_pil_diffclip", "loading"},

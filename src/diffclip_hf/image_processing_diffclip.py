@@ -6,7 +6,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.utils import is_torchvision_available, requires_backends
 
 from .image_processing_pil_diffclip import SLIPEvaluationTransform, array_to_rgb
-from .image_reading import to_rgb
+from .image_reading import check_size, to_rgb
 
 
 if is_torchvision_available():
@@ -23,15 +23,17 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
     devices without torchvision's 8-bit resize, by one level in up to 20%. `DiffCLIPImageProcessorPil` equals Pillow's.
 
     Takes Pillow images (see `to_rgb` for what becomes of their mode, alpha and orientation), arrays and tensors (see
-    `array_to_rgb`), paths, and lists and batches of them, of any sizes from 1×1. As in torchvision's transform, the
-    whole resized image is made before it is cut, 150 kB times its aspect ratio. Transformers' pipelines turn every
+    `array_to_rgb`), paths and what else `read_image` reads, and lists and batches of them, of any sizes that
+    `check_size` allows. As in torchvision's transform, the whole resized image is made before it is cut, 150 kB times
+    its aspect ratio. Transformers' pipelines turn every
     image into RGB on their own before the image processor sees it, and drop alpha rather than lay it over white.
 
     Returns `pixel_values`, float32, (batch, 3, height, width).
 
     Raises:
         ImportError: torchvision isn't installed.
-        ValueError: An image has no pixels, or values or a shape that aren't allowed; the message says which.
+        ValueError: An image can't be read, or has a size, values or a shape that aren't allowed; the message says
+            which.
         TypeError: Something isn't an image.
 
     Source: the evaluation transform of SLIP's code, on which DiffCLIP's (paper arXiv 2503.06626) is built.
@@ -46,9 +48,11 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
     ) -> torch.Tensor:
         """Turn any image into an RGB tensor, (3, height, width), on `device`."""
         if not do_convert_rgb:
-            return super().process_image(
+            image = super().process_image(
                 image, do_convert_rgb=False, input_data_format=input_data_format, device=device
             )
+            check_size(image.shape[2], image.shape[1])
+            return image
         if isinstance(image, Image.Image):
             image = tv_functional.pil_to_tensor(to_rgb(image))
         else:

@@ -1,6 +1,7 @@
 """DiffCLIP's image processor on Pillow, and the reading of images that both image processors share."""
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def array_to_rgb(
         if not (low >= 0 and high <= white):
             raise ValueError(
                 f"A float image has values {low:g}..{high:g}; with do_rescale={bool(do_rescale)} they must be in "
-                f"0..{white:g}."
+                f"0..{white:g}. Pixel values that are already normalised go to the model as pixel_values=."
             )
         if do_rescale and 0 < high <= 1:
             raise ValueError(
@@ -121,7 +122,7 @@ def array_to_rgb(
 
 
 def fetch_images(images: Any) -> Any:
-    """Read each path, URL, base64 text and bytes in a nest of lists by `read_image`, and leave images as they are.
+    """Read each image in a nest of lists that isn't decoded, by `read_image`, and leave others as they are.
 
     Raises:
         TypeError: Something is neither an image, an array, a tensor, nor one of these.
@@ -129,7 +130,7 @@ def fetch_images(images: Any) -> Any:
     """
     if isinstance(images, (list, tuple)):
         return [fetch_images(image) for image in images]
-    if isinstance(images, (str, os.PathLike, bytes)):
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Mapping)) or hasattr(images, "read"):
         return read_image(images)
     if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
         return images
@@ -199,14 +200,16 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
     torchvision's `Resize`, `CenterCrop`, `ToTensor` and `Normalize` on Pillow images.
 
     Takes Pillow images (see `to_rgb` for what becomes of their mode, alpha and orientation), arrays and tensors (see
-    `array_to_rgb`), paths, and lists and batches of them, of any sizes from 1×1. As in torchvision's transform, the
-    whole resized image is made before it is cut, 150 kB times its aspect ratio. Transformers' pipelines turn every
+    `array_to_rgb`), paths and what else `read_image` reads, and lists and batches of them, of any sizes that
+    `check_size` allows. As in torchvision's transform, the whole resized image is made before it is cut, 150 kB times
+    its aspect ratio. Transformers' pipelines turn every
     image into RGB on their own before the image processor sees it, and drop alpha rather than lay it over white.
 
     Returns `pixel_values`, float32, (batch, 3, height, width).
 
     Raises:
-        ValueError: An image has no pixels, or values or a shape that aren't allowed; the message says which.
+        ValueError: An image can't be read, or has a size, values or a shape that aren't allowed; the message says
+            which.
         TypeError: Something isn't an image.
 
     Source: the evaluation transform of SLIP's code, on which DiffCLIP's (paper arXiv 2503.06626) is built.
@@ -215,7 +218,9 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, **kwargs):
         """Turn any image into an RGB array, (3, height, width)."""
         if not do_convert_rgb:
-            return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format)
+            image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format)
+            check_size(image.shape[2], image.shape[1])
+            return image
         if isinstance(image, Image.Image):
             return np.moveaxis(np.array(to_rgb(image)), -1, 0)
         return array_to_rgb(image, do_rescale, input_data_format).cpu().numpy()

@@ -42,12 +42,16 @@ _UPRIGHT_BY = {
     8: Image.Transpose.ROTATE_90,
 }
 _TAKEN = "a path, an http(s) URL, base64 text, bytes, a file object or a Pillow image"
-# A PNG's smallest picture has 67 bytes, a GIF's 35; shorter texts are paths.
-_LEAST_BASE64, _LONGEST_NAME = 40, 255
+# Shorter texts are names; longer ones can't be.
+_LEAST_BASE64, _LONGEST_NAME = 16, 255
 
 
 class SizeError(ValueError):
     """A picture's size isn't allowed."""
+
+
+class NoFileError(ValueError):
+    """A text given as an image is neither a file's path nor anything else that has a picture."""
 
 
 def check_size(width: int, height: int) -> None:
@@ -204,15 +208,19 @@ def _open_encoded(encoded: str | bytes, name: str) -> Image.Image:
     # Of a damaged file Pillow and its plug-ins raise nearly anything.
     try:
         return _open_raster(encoded)
-    except (SizeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SizeError(f"{name} can't be read: {_one_line(error)}") from error
+    except SizeError as error:
+        raise SizeError(f"{name} can't be read: {error}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SizeError(
+            f"{name} can't be read: it has too many pixels; it may have up to {MAX_PIXELS:,}. Make it smaller first."
+        ) from error
     except Exception as error:
         if (image := _open_bare(encoded)) is not None:
             return image
         if not isinstance(error, UnidentifiedImageError):
             raise ValueError(f"{name} can't be read: {_one_line(error)}") from error
         raise ValueError(
-            f"{name} isn't a picture of a format that is read, which are {', '.join(RASTER_FORMATS)}."
+            f"{name} isn't a picture of a format that is read, such as JPEG, PNG, WebP, GIF, BMP or TIFF."
         ) from error
 
 
@@ -342,11 +350,11 @@ def _open_text(text: str) -> Image.Image:
     if len(text) >= _LEAST_BASE64 and (data := _base64(text)) is not None:
         try:
             return _open_encoded(data, "The base64 text")
-        except ValueError:
-            # Else it may be the name of a file that isn't there.
-            if len(text) > _LONGEST_NAME:
+        except ValueError as error:
+            # What isn't a picture may be the name of a file that isn't there.
+            if len(text) > _LONGEST_NAME or not isinstance(error.__cause__, UnidentifiedImageError):
                 raise
-    raise ValueError(f"There is no file {text!r:.200}; an image is given as {_TAKEN}.")
+    raise NoFileError(f"There is no file {text!r:.200}; an image is given as {_TAKEN}.")
 
 
 def _open_path(path: str) -> Image.Image:
@@ -380,6 +388,8 @@ def _read_elsewhere(path: str) -> bytes:
     # Each file system has errors of its own.
     try:
         data = _in_time(work)
+    except (FileNotFoundError, KeyError) as error:
+        raise ValueError(f"There is no file {path!r:.200}.") from error
     except Exception as error:
         raise ValueError(f"The file {path!r:.200} can't be read: {_reason(error)}") from error
     if len(data) > URL_MEGABYTES * 1_000_000:

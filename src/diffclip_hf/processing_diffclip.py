@@ -12,6 +12,8 @@ from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, PreTrainedT
 from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy
 
+from .image_reading import NoFileError
+
 
 if TYPE_CHECKING:
     # Makes Transformers copy the image processors beside this file when it saves a processor with its code.
@@ -189,7 +191,8 @@ class DiffCLIPProcessor(ProcessorMixin):
         tokenizer: A `DiffCLIPTokenizer` or `CLIPTokenizer`. One that has no `model_max_length` is given 77.
 
     Raises:
-        ValueError: The image processor or the tokenizer is missing, or neither text nor images are given to a call.
+        ValueError: The image processor or the tokenizer is missing, neither text nor images are given to a call, or
+            `check_text` refuses a text.
     """
 
     def __init__(
@@ -207,7 +210,10 @@ class DiffCLIPProcessor(ProcessorMixin):
 
     def __call__(self, images=None, text=None, **kwargs):
         if text is None:
-            return super().__call__(images=images, **kwargs)
+            try:
+                return super().__call__(images=images, **kwargs)
+            except NoFileError as error:
+                raise ValueError(f"{error} A text is passed as text=.") from error
         _check_texts(text)
         given = kwargs.keys() | (kwargs.get("text_kwargs") or {}).keys()
         for name in {"padding", "truncation"} - given:

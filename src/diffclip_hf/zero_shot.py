@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,10 @@ class ZeroShotClassifier:
     normalised again. The scores are the softmax over labels of exp(logit_scale) · cosine similarity, so for one
     template they are those of Transformers' zero-shot image classification pipeline.
 
-    Images are given as Pillow images, paths, URLs, arrays as the image processor takes them, folders (`image_files`),
-    a `datasets` dataset, or any iterable of these or of a dataset's rows. They're read one at a time, and of each only
-    its pixel values are kept, for a batch at a time. As in `to_rgb`, what is transparent is laid over white.
+    Images are given as Pillow images, paths, URLs and what else `read_image` reads, arrays as the image processor
+    takes them, folders (`image_files`), a `datasets` dataset, or any iterable of these or of a dataset's rows. They're
+    read one at a time, and of each only its pixel values are kept, for a batch at a time. As in `to_rgb`, what is
+    transparent is laid over white.
 
     Args:
         model: A `DiffCLIPModel`, or another of Transformers' that has `get_text_features`, `get_image_features` and
@@ -217,8 +219,9 @@ class ZeroShotClassifier:
             stay as they are where the model is trained further.
 
     Raises:
-        ValueError: There's no label or template, one isn't a string, or a template lacks `{}`; a batch size is below
-            1; the model's scores aren't a softmax, as SigLIP's aren't, or the model or the processor lacks a part.
+        ValueError: There's no label or template, one isn't a string or has half a character (`check_text`), or a
+            template lacks `{}`; a batch size is below 1; the model's scores aren't a softmax, as SigLIP's aren't, or
+            the model or the processor lacks a part.
 
     Source: Radford et al. 2021 (CLIP), section 3.1.4; SLIP's `eval_zeroshot.py` for the order of mean and norm.
     """
@@ -248,8 +251,8 @@ class ZeroShotClassifier:
         if batch_size is None:
             batch_size = CPU_BATCH_SIZE if model.device.type == "cpu" else BATCH_SIZE
         for name, value in (("batch_size", batch_size), ("text_batch_size", text_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         # Transformers' types know nothing of what a model class has of its own.
         self.model: Any = model
         self.processor = processor
@@ -280,8 +283,8 @@ class ZeroShotClassifier:
         Raises:
             ValueError: `top_k` is below 1; or, with its index or path, an image can't be read.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all labels.")
+        if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+            raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all labels.")
         return self._stream(images, top_k, image_column)
 
     def logits(self, images: Any, image_column: str | None = None) -> torch.Tensor:
