@@ -89,7 +89,7 @@ ARROWS = {
     "loading": {"commands"},
     "options": {"commands", "loading"},
     "training_counts": set(),
-    "training_data": {"image_processing_pil_diffclip", "training_counts", "training_shards"},
+    "training_data": {"image_reading", "label_names", "training_counts", "training_shards"},
     "training_shards": {"training_counts"},
     "retrieval_metrics": set(),
     "checkpoints": set(),

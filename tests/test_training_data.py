@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import pickle
-import warnings
 import zlib
 from multiprocessing.reduction import ForkingPickler
 
@@ -19,6 +18,7 @@ from training_samples import encoded, picture, sample, tiny_pair_model, tiny_pro
 from transformers import Trainer
 from transformers.utils import is_torchvision_available
 
+from diffclip_hf import image_reading
 from diffclip_hf.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 from diffclip_hf.training_data import (
     ImageLabelCollator,
@@ -298,7 +298,7 @@ def test_every_mode_is_read(mode, train):
     collator = ImageTextCollator(tiny_processor(), train=train, crop_scale=(1.0, 1.0))
     pixels = collator([{"image": content, "caption": "x"}])["pixel_values"][0]
     processed = tiny_processor()(images=Image.open(io.BytesIO(content)), return_tensors="pt")["pixel_values"][0]
-    assert collator.counts == {"seen": 1, "corrupt_images": 0, "empty_captions": 0}
+    assert collator.counts == {"seen": 1, "corrupt_images": 0, "empty_captions": 0, "undecodable_captions": 0}
     # The same colours, though cut differently.
     torch.testing.assert_close(pixels.mean((1, 2)), processed.mean((1, 2)), rtol=0, atol=0.15)
 
@@ -372,7 +372,7 @@ def test_a_damaged_picture_is_dropped_and_counted(kind, train, caplog):
     for _ in range(2):
         batch = collator([good[0], damaged, good[1]])
         assert all(torch.equal(batch[name], expected[name]) for name in ("pixel_values", "input_ids"))
-    assert collator.counts == {"seen": 6, "corrupt_images": 2, "empty_captions": 0}
+    assert collator.counts == {"seen": 6, "corrupt_images": 2, "empty_captions": 0, "undecodable_captions": 0}
     skipped = [record.message for record in caplog.records if "Skipped" in record.message]
     assert len(skipped) == 1
     assert "0.tar/17" in skipped[0]
@@ -383,25 +383,23 @@ def test_a_missing_file_is_dropped_by_its_name(tmp_path, caplog):
     collator = ImageTextCollator(tiny_processor(), train=True)
     collator([row, *rows([1])])
     assert collator.counts["corrupt_images"] == 1
-    assert f"Skipped {tmp_path / 'gone.jpg'}: FileNotFoundError" in caplog.text
+    assert f"Skipped {tmp_path / 'gone.jpg'}: The file " in caplog.text
 
 
-@pytest.mark.parametrize("limit", [1500, 900])
-def test_a_decompression_bomb_is_a_damaged_picture(monkeypatch, limit):
-    # Of 48·40 = 1,920 pixels; Pillow warns above its limit and refuses above twice that.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+def test_a_decompression_bomb_is_a_damaged_picture(monkeypatch, caplog):
+    # Of 48·40 = 1,920 pixels.
+    monkeypatch.setattr(image_reading, "MAX_PIXELS", 1919)
     collator = ImageTextCollator(tiny_processor(), train=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        collator(rows([1]))
+    collator(rows([1]))
     assert collator.counts["corrupt_images"] == 1
+    assert "48×40 pixels" in caplog.text
 
 
 @pytest.mark.parametrize("caption", ["", " \n", [], ["", " "], None])
 def test_a_row_without_a_caption_is_dropped_and_counted(caption):
     collator = ImageTextCollator(tiny_processor(), train=True)
     assert len(collator(rows([0, 1], [caption, "x"]))["input_ids"]) == 1
-    assert collator.counts == {"seen": 2, "corrupt_images": 0, "empty_captions": 1}
+    assert collator.counts == {"seen": 2, "corrupt_images": 0, "empty_captions": 1, "undecodable_captions": 0}
 
 
 def test_too_many_dropped_stop_the_training():
@@ -460,7 +458,7 @@ def test_workers_count_for_the_main_process():
     collator = ImageTextCollator(tiny_processor(), train=True)
     loader = DataLoader(data, batch_size=2, num_workers=2, collate_fn=collator)
     assert [len(batch["input_ids"]) for batch in loader] == [2, 2, 2, 0]
-    assert collator.counts == {"seen": 8, "corrupt_images": 1, "empty_captions": 1}
+    assert collator.counts == {"seen": 8, "corrupt_images": 1, "empty_captions": 1, "undecodable_captions": 0}
 
 
 def test_what_is_sent_to_a_spawned_worker_counts_for_the_main_process_and_learns_of_the_epoch(tmp_path):

@@ -341,8 +341,8 @@ def test_too_many_broken_shards_stop_the_training(tmp_path):
         path.with_name(f"{path.stem}_stats.json").unlink()
     with pytest.raises(ValueError, match="3 of 3 shards are broken"):
         ImageTextShards(str(tmp_path), 2, max_broken_share=0.9)
-    with pytest.raises(ValueError, match=r"15 samples|have 10 samples \(.*00002\.tar can't be read\)"):
-        ImageTextShards(str(tmp_path), 20, max_broken_share=1)
+    with pytest.raises(ValueError, match=r"have 10 samples \(.*00002\.tar can't be read\)"):
+        len(ImageTextShards(str(tmp_path), 20, max_broken_share=1))
 
 
 def test_a_worker_without_any_sample_says_so(tmp_path):
@@ -402,7 +402,7 @@ def test_one_sample(tmp_path):
     write_shards(tmp_path, [1])
     assert captions(ImageTextShards(str(tmp_path), 1), 2) == ["picture 0"]
     with pytest.raises(ValueError, match="have 1 samples; batch_size=2 on 3 processes needs at least 6"):
-        ImageTextShards(str(tmp_path), 2, rank=0, world_size=3)
+        len(ImageTextShards(str(tmp_path), 2, rank=0, world_size=3))
 
 
 @pytest.mark.parametrize(

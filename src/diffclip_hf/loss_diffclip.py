@@ -50,10 +50,12 @@ def symmetric_cross_entropy(logits_per_text: torch.Tensor) -> torch.Tensor:
         logits_per_text: Scaled similarities, (n, n), any floating dtype.
 
     Returns:
-        A tensor without dimensions, in nats.
+        A tensor without dimensions, in nats; 0 of no rows.
 
     Source: Radford et al. 2021 (CLIP), figure 3; paper arXiv 2503.06626, section 3.
     """
+    if not len(logits_per_text):
+        return logits_per_text.sum()  # A mean over nothing would be NaN.
     targets = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (cross_entropy(logits_per_text, targets) + cross_entropy(logits_per_text.t(), targets)) / 2
 
@@ -102,4 +104,4 @@ def image_text_contrastive_loss(
     all_text_embeds, all_image_embeds, targets = _gather_pairs(text_embeds, image_embeds)
     text_loss = cross_entropy(scale * text_embeds @ all_image_embeds.t(), targets, reduction="sum")
     image_loss = cross_entropy(scale * image_embeds @ all_text_embeds.t(), targets, reduction="sum")
-    return (text_loss + image_loss) / 2 * dist.get_world_size() / len(all_text_embeds)
+    return (text_loss + image_loss) / 2 * dist.get_world_size() / max(1, len(all_text_embeds))

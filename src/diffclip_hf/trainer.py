@@ -5,19 +5,22 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length, seed_worker
 from transformers.utils import CONFIG_NAME
 
@@ -26,7 +29,16 @@ from .gradient_cache import backward_in_chunks
 from .loss_diffclip import symmetric_cross_entropy
 from .remote_code import add_remote_code
 from .retrieval_metrics import recall_at_k
-from .shared_batches import SharedBatchSampler
+from .shared_batches import (
+    EvenLoader,
+    OrderedBatchSampler,
+    SharedBatchSampler,
+    SharedStream,
+    collate_some,
+    even_batches,
+    gather_rows,
+    is_split,
+)
 from .zero_shot import label_texts, mean_label_embeds
 
 
@@ -152,30 +164,66 @@ def _to_float32(model: nn.Module) -> None:
         model.float()
 
 
+class _Pass:
+    """Judges what the data set and the collator of one pass over data dropped, in all processes together."""
+
+    def __init__(self, dataset: Any, collator: Any):
+        self.parts = [part for part in (dataset, collator) if hasattr(part, "counts") and hasattr(part, "check")]
+        self.before = [dict(part.counts) for part in self.parts]
+
+    def end(self, name: str) -> None:
+        """Log what was counted.
+
+        Raises:
+            ValueError: More was dropped than allowed; in every process alike.
+        """
+        for part, before in zip(self.parts, self.before, strict=True):
+            counts = {kind: number - before[kind] for kind, number in part.counts.items()}
+            logger.info("%s after %s: %s", type(part).__name__, name, counts)
+            own = torch.tensor([list(counts.values())], device=PartialState().device)
+            part.check(dict(zip(counts, gather(own).sum(0).tolist(), strict=True)))
+
+
 class _Callback(TrainerCallback):
     """What `DiffCLIPTrainer` does at moments that only callbacks have."""
 
     def __init__(self, collator: Any):
         self.collator = collator
+        self.streams_begun = 0
+        self.training_pass: _Pass | None = None
+        self.rows_of_step = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.streams_begun = 0
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if has_length(train_dataloader):
             updates_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+            epoch, updates = divmod(state.global_step, updates_per_epoch)
         else:  # Of a stream of unknown length Transformers counts one endless epoch.
-            updates_per_epoch = state.max_steps
-        epoch, updates = divmod(state.global_step, updates_per_epoch)
+            epoch, updates = self.streams_begun, state.global_step if self.streams_begun == 0 else 0
+            self.streams_begun += 1
         for part in (train_dataloader.dataset, train_dataloader.batch_sampler, self.collator):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         if hasattr(train_dataloader.dataset, "set_position"):
             skipped = 0 if args.ignore_data_skip else updates * args.gradient_accumulation_steps
             train_dataloader.dataset.set_position(epoch, skipped)
+        self.training_pass = _Pass(train_dataloader.dataset, self.collator)
 
-    def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
-        for part in (train_dataloader.dataset, self.collator):
-            if hasattr(part, "counts"):
-                logger.info("%s after epoch %g: %s", type(part).__name__, state.epoch, part.counts)
-                part.check()
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.training_pass.end(f"epoch {state.epoch:g}")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.rows_of_step == 0:
+            logger.warning("Nothing is left of the batch of step %d, which changes no weights.", state.global_step + 1)
+            if getattr(optimizer, "scaler", None) is not None and not args.max_grad_norm:
+                # Else it has been done for the norm; the scaler wants it before each step.
+                optimizer.scaler.unscale_(optimizer.optimizer)
+            # Zeros would let momentum and weight decay change them.
+            for parameter in model.parameters():
+                parameter.grad = None
+        self.rows_of_step = 0
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if contrastive_model(model) is not None:
@@ -241,37 +289,30 @@ class DiffCLIPTrainer(Trainer):
         self.is_contrastive = contrastive_model(self.model) is not None
         self._check_arguments()
         self._last_saved_step: int | None = None
-        self.add_callback(_Callback(self.data_collator))
+        self._callback = _Callback(self.data_collator)
+        self.add_callback(self._callback)
+        # Of the batches that are fetched, the rows in each process.
+        self._rows: list[list[int]] = []
+        # What a classifier's loss of this process counts for.
+        self._weight = 1.0
+        # Of the present batch of evaluation.
+        self._rows_evaluated, self._losses_follow = 0, False
 
     def _check_arguments(self) -> None:
         """Raise a ValueError where the arguments don't fit the model, and warn of plain gradient accumulation."""
         args = self.args
+        refused = self._without_effect()
+        refused += self._unlike_contrastive() if self.is_contrastive else self._contrastive_alone()
+        for name, given, reason in refused:
+            if given:
+                raise ValueError(f"{name} is given, but {reason}; leave it out.")
         if not self.is_contrastive:
-            for name, value in (
-                ("contrastive_chunk_size", args.contrastive_chunk_size),
-                ("zero_shot", self.zero_shot),
-            ):
-                if value is not None:
-                    raise ValueError(
-                        f"{name} is given, but {type(self.model).__name__} has no contrastive loss; it must be None."
-                    )
             return
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, where each would see only its own negatives; start "
                 "one process for each with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
             )
-        for name, refused in (
-            ("compute_loss_func", self.compute_loss_func is not None),
-            ("compute_metrics", self.compute_metrics is not None),
-            ("batch_eval_metrics", args.batch_eval_metrics),
-            ("eval_do_concat_batches=False", not args.eval_do_concat_batches),
-        ):
-            if refused:
-                raise ValueError(
-                    f"{name} is given, but a contrastive model has its own loss and is evaluated on all embeddings; "
-                    "leave it out."
-                )
         if self.zero_shot is not None and self.tokenizer is None:
             raise ValueError("zero_shot is given, but processing_class has no tokenizer; pass the model's processor.")
         if args.gradient_accumulation_steps > 1:
@@ -282,6 +323,70 @@ class DiffCLIPTrainer(Trainer):
                 args.gradient_accumulation_steps,
                 args.per_device_train_batch_size,
             )
+
+    def _without_effect(self) -> list[tuple[str, Any, str]]:
+        """List arguments that would have no effect on any model: the name, whether it's given, and why."""
+        args = self.args
+        sharing = args.accelerator_config
+        return [
+            (
+                "use_liger_kernel",
+                args.use_liger_kernel or args.liger_kernel_config,
+                "Liger has no kernels for DiffCLIP",
+            ),
+            ("use_cache", args.use_cache, "DiffCLIP generates nothing"),
+            ("eval_use_gather_object", args.eval_use_gather_object, "what is gathered are tensors"),
+            ("split_batches", sharing.split_batches, "per_device_train_batch_size is each process's own"),
+            ("dispatch_batches", sharing.dispatch_batches, "each process reads its own share of the data"),
+        ]
+
+    def _contrastive_alone(self) -> list[tuple[str, Any, str]]:
+        """List arguments as `_without_effect` does, without effect on an image classifier."""
+        args, name = self.args, type(self.model).__name__
+        return [
+            ("contrastive_chunk_size", args.contrastive_chunk_size is not None, f"{name} has no contrastive loss"),
+            ("zero_shot", self.zero_shot is not None, f"{name} has no contrastive loss"),
+            ("neftune_noise_alpha", args.neftune_noise_alpha, f"{name} has no token embeddings"),
+            ("include_num_input_tokens_seen", args.include_num_input_tokens_seen != "no", f"{name} takes no tokens"),
+        ]
+
+    def _unlike_contrastive(self) -> list[tuple[str, Any, str]]:
+        """List arguments as `_without_effect` does, without effect on a contrastive model or against its loss."""
+        args = self.args
+        chunks = args.contrastive_chunk_size is not None
+        own_loss = "a contrastive model has its own loss"
+        own_metrics = "a contrastive model is evaluated on all its embeddings"
+        return [
+            ("label_smoothing_factor", args.label_smoothing_factor, own_loss),
+            ("compute_loss_func", self.compute_loss_func is not None, own_loss),
+            ("compute_metrics", self.compute_metrics is not None, own_metrics),
+            ("preprocess_logits_for_metrics", self.preprocess_logits_for_metrics is not None, own_metrics),
+            ("batch_eval_metrics", args.batch_eval_metrics, own_metrics),
+            ("eval_do_concat_batches=False", not args.eval_do_concat_batches, own_metrics),
+            ("include_for_metrics", args.include_for_metrics, own_metrics),
+            ("prediction_loss_only", args.prediction_loss_only, own_metrics),
+            ("label_names", args.label_names not in (None, ["labels"]), "a contrastive model needs no labels"),
+            (
+                f"train_sampling_strategy={args.train_sampling_strategy!r}",
+                args.train_sampling_strategy not in ("random", "sequential"),
+                "the rows of a batch are each other's negatives, which are drawn at random",
+            ),
+            (
+                "auto_find_batch_size",
+                args.auto_find_batch_size,
+                "a smaller batch has fewer negatives; contrastive_chunk_size saves memory without that",
+            ),
+            (
+                "torch_empty_cache_steps",
+                chunks and args.torch_empty_cache_steps is not None,
+                "contrastive_chunk_size has steps of its own",
+            ),
+            (
+                f"optim={str(args.optim.value)!r}",
+                chunks and args.optim.value in ("lomo", "adalomo"),
+                "it updates weights in the backward pass, which contrastive_chunk_size runs several times",
+            ),
+        ]
 
     @property
     def tokenizer(self) -> Any:
@@ -307,69 +412,82 @@ class DiffCLIPTrainer(Trainer):
     # ---- Data -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the training data; a dataset that splits itself isn't split again.
+        """Return the training data, of which every row is in one process.
 
-        Contrastive training shares out the last batch of several processes rather than fill it up, as accelerate does,
-        with pairs that were seen before.
+        Data that is split before, as `splits_itself` or `split_dataset_by_node` says, isn't split again. The last
+        batch of several processes is shared out rather than filled up, as accelerate does, with rows that were seen
+        before.
         """
         dataset: Any = self.train_dataset
-        if getattr(dataset, "splits_itself", False):
-            return self._dataloader(dataset, self.data_collator, batch_size=self._train_batch_size, drop_last=True)
-        is_one_process = self.args.world_size == 1
-        is_stream = isinstance(dataset, IterableDataset)
-        if not self.is_contrastive or is_one_process or is_stream or self.args.remove_unused_columns:
+        size, drop_last = self._train_batch_size, self.args.dataloader_drop_last
+        if is_split(dataset):
+            own_size = getattr(dataset, "batch_size", size)
+            if own_size != size:
+                raise ValueError(
+                    f"{type(dataset).__name__} has batch_size {own_size}, and per_device_train_batch_size is {size}; "
+                    "they must be the same."
+                )
+            # One that knows its length has as many whole batches in every process.
+            drop_last = drop_last or has_length(dataset)
+            return self._dataloader(dataset, self.data_collator, "Training", batch_size=size, drop_last=drop_last)
+        if self.args.world_size == 1 and not isinstance(dataset, IterableDataset):
             return super().get_train_dataloader()
+        place = (size, self.args.process_index, self.args.world_size, drop_last)
+        if isinstance(dataset, IterableDataset):
+            stream = SharedStream(dataset, *place)
+            return self._dataloader(stream, self.data_collator, "Training", batch_size=None)
         sampler: Any = self._get_train_sampler(dataset)
         if isinstance(sampler, RandomSampler):
             # As accelerate does, so that every process draws the same order.
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
-        batches = SharedBatchSampler(
-            sampler,
-            self._train_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-            self.args.dataloader_drop_last,
-        )
-        return self._dataloader(dataset, self.data_collator, batch_sampler=batches)
+        batches = SharedBatchSampler(sampler, *place)
+        return self._dataloader(dataset, self.data_collator, "Training", batch_sampler=batches)
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Return the evaluation data; a dataset that splits itself isn't split again."""
-        sets: Any = self.eval_dataset
-        dataset: Any = sets if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = sets[dataset]
-        if getattr(dataset, "splits_itself", False):
-            size = self.args.eval_batch_size
-            return self._dataloader(dataset, self.eval_data_collator, batch_size=size, drop_last=True)
-        with self._collating_for_evaluation():
-            return super().get_eval_dataloader(eval_dataset)
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> Any:
+        """Return the evaluation data: every row exactly once, in order, and no batch left out."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset is None; evaluation needs one.")
+        return self._loader_once(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Dataset) -> Any:
         """Return a dataset's batches as evaluation has them."""
-        with self._collating_for_evaluation():
-            return super().get_test_dataloader(test_dataset)
+        return self._loader_once(test_dataset)
 
-    @contextmanager
-    def _collating_for_evaluation(self) -> Iterator[None]:
-        """Have Trainer, which knows one collator, take that of evaluation."""
-        self.data_collator, kept = self.eval_data_collator, self.data_collator
-        try:
-            yield
-        finally:
-            self.data_collator = kept
+    def _loader_once(self, dataset: Any, collator: Callable[[list[Any]], Any] | None = None) -> EvenLoader:
+        """Return every row of a dataset exactly once, shared out among the processes."""
+        collator = collator or self.eval_data_collator
+        size, rank, processes = self.args.eval_batch_size, self.args.process_index, self.args.world_size
+        batching: dict[str, Any] = {"batch_size": None}
+        source: Any = dataset
+        if hasattr(dataset, "once"):
+            dataset = source = dataset.once(size)
+        elif is_split(dataset):
+            batching = {"batch_size": size}
+        elif isinstance(dataset, IterableDataset):
+            source = SharedStream(dataset, size, rank, processes)
+        else:
+            batching = {"batch_sampler": OrderedBatchSampler(len(dataset), size, rank, processes)}
+        loader = self._dataloader(source, collator, "Evaluation", **batching)
+        return EvenLoader(loader, dataset, collator)
 
-    def _dataloader(self, dataset: Dataset, collator: Callable[[list[Any]], Any], **batching: Any) -> DataLoader:
+    def _dataloader(
+        self, dataset: Any, collator: Callable[[list[Any]], Any], description: str, **batching: Any
+    ) -> DataLoader:
         """Return a loader that accelerate doesn't divide among processes, since `batching` or the dataset does."""
-        workers = self.args.dataloader_num_workers
+        args = self.args
+        workers = args.dataloader_num_workers
         return DataLoader(
             dataset,
-            collate_fn=collator,
+            collate_fn=partial(collate_some, self._get_collator_with_removed_columns(collator, description)),
             num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            # Those of a new epoch get the dataset as set_epoch and set_position left it.
-            persistent_workers=False,
-            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            prefetch_factor=args.dataloader_prefetch_factor,
+            # Else those of a new epoch get the dataset as set_epoch and set_position left it.
+            persistent_workers=bool(workers and args.dataloader_persistent_workers and description == "Training"),
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
             **batching,
         )
 
@@ -400,22 +518,51 @@ class DiffCLIPTrainer(Trainer):
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the model's loss, which a contrastive model is asked for."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Return the batches of the next step, as many in every process, and the number of their labels if it counts.
+
+        A process whose data has run out gets batches without rows.
+        """
+        batches, self._rows = even_batches(list(islice(epoch_iterator, num_batches)), num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the model's loss, which a contrastive model is asked for; 0, with gradients of 0, of no rows."""
         if self.is_contrastive:
             inputs = {**inputs, "return_loss": True}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if find_batch_size(outputs) == 0:
+            # A mean over nothing is NaN, though its gradients are 0.
+            loss = torch.nan_to_num(loss)
+        loss = loss * self._weight
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward pass, in chunks if asked for; return the local loss, detached."""
+        rows = self._rows.pop(0) if self._rows else self._count_rows(inputs)
+        self._callback.rows_of_step += sum(rows)
         chunk_size = self.args.contrastive_chunk_size
-        if chunk_size is None:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        else:
+        if chunk_size is not None:
             loss = self._training_step_in_chunks(model, inputs, chunk_size)
+        else:
+            if not self.is_contrastive and self.compute_loss_func is None:
+                # The mean over processes, which DDP and FSDP take, is so the mean over rows, however these are shared.
+                self._weight = rows[self.args.process_index] * len(rows) / max(1, sum(rows))
+            try:
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            finally:
+                self._weight = 1.0
         if not self._in_every_process(torch.isfinite(loss)):
             self._stop("loss")
         return loss
+
+    def _count_rows(self, inputs: dict[str, Any]) -> list[int]:
+        """Return how many rows every process has in its batch."""
+        return gather_rows(torch.tensor([find_batch_size(inputs) or 0], device=self.args.device)).tolist()
 
     def _training_step_in_chunks(self, model: Any, inputs: dict[str, Any], chunk_size: int) -> torch.Tensor:
         model.train()
@@ -455,7 +602,10 @@ class DiffCLIPTrainer(Trainer):
         Of a model that isn't contrastive, return what `Trainer` does.
         """
         if not self.is_contrastive:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            self._rows_evaluated = find_batch_size(inputs) or 0
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            self._losses_follow = found[0] is not None
+            return found
         inputs = {**self._prepare_inputs(inputs), "return_loss": False, "return_dict": True}
         labels = inputs.pop("labels", None)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -476,36 +626,50 @@ class DiffCLIPTrainer(Trainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: Any,
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Embed a dataset and compute a contrastive model's metrics from all its embeddings.
+        """Run the model on a dataset; of a contrastive model compute the metrics from all its embeddings.
 
-        Another model is evaluated as `Trainer` does.
+        Raises:
+            ValueError: More rows than allowed had to be dropped, or all; or a contrastive model is to be evaluated on
+                images or texts alone, of which only predictions can be made.
         """
         if not self.is_contrastive:
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        # Transformers' loop gathers over processes, and drops the rows that accelerate added to make batches even, if
-        # any; it puts the attribute back.
-        if getattr(dataloader.dataset, "splits_itself", False):
-            self.gather_function = self.accelerator.gather
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        text_embeds, image_embeds = map(self._on_device, output.predictions)
-        metrics = {"loss": self._evaluation_loss(text_embeds, image_embeds)}
-        metrics |= recall_at_k(text_embeds, image_embeds)
+            return self._run_once(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = self._run_once(dataloader, description, False, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        if isinstance(output.predictions, tuple):
+            text_embeds, image_embeds = map(self._on_device, output.predictions)
+            metrics["loss"] = self._evaluation_loss(text_embeds, image_embeds)
+            metrics |= recall_at_k(text_embeds, image_embeds)
+        elif description == "Evaluation":
+            raise ValueError("The evaluation data has images or texts alone; a contrastive model needs pairs of both.")
         if self.zero_shot is not None and description == "Evaluation":
             metrics["zero_shot_accuracy"] = self._zero_shot_accuracy(self.zero_shot)
-        return EvalLoopOutput(
-            predictions=output.predictions,
-            label_ids=output.label_ids,
-            metrics=(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(text_embeds),
-        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
+
+    def _run_once(self, dataloader: Any, description: str, *args: Any) -> EvalLoopOutput:
+        """Run Transformers' loop on what `_loader_once` returns, and judge what was dropped."""
+        # It puts the attribute back. What accelerate has instead takes all processes to have as many rows.
+        self.gather_function = self._gather_rows
+        judged = _Pass(dataloader.dataset, dataloader.collator)
+        output = super().evaluation_loop(dataloader, description, *args)
+        judged.end(description.lower())
+        if not dataloader.rows:
+            raise ValueError(f"Nothing is left of the data for {description.lower()}: no row of it can be used.")
+        return output._replace(num_samples=dataloader.rows)
+
+    def _gather_rows(self, parts: Any) -> Any:
+        """Stack what every process has of a batch."""
+        if self._losses_follow:
+            # Transformers repeats a batch's loss; as often as there are rows, the mean is right.
+            self._losses_follow, parts = False, parts[:1].expand(self._rows_evaluated)
+        return gather_rows(parts)
 
     def _on_device(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(self.args.device)
@@ -532,14 +696,7 @@ class DiffCLIPTrainer(Trainer):
 
     def _embed(self, rows: Any, collator: Callable[[list[Any]], Any], description: str) -> EvalLoopOutput:
         """Return the embeddings of rows that are shared out among the processes, and their labels."""
-        dataloader = DataLoader(
-            rows,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-        )
-        return super().evaluation_loop(self.accelerator.prepare_data_loader(dataloader), description, False)
+        return self._run_once(self._loader_once(rows, collator), description, False)
 
     # ---- Faults ---------------------------------------------------------------------------------------------------
 

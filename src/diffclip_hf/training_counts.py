@@ -1,7 +1,9 @@
 """Counting what training has to pass over, in whichever process it is met."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
@@ -55,6 +57,7 @@ class SkipCounts:
     def skip(self, kind: str, which: str, reason: str) -> None:
         """Count one more, and say which it was if it's the first of its kind."""
         self._counts.add(kind)
+        reason = " ".join(reason.split()).rstrip(".")
         self._example = f"one of them is {which}: {reason}"
         if self.counts[kind] == 1:
             logger.warning(
@@ -62,23 +65,50 @@ class SkipCounts:
                 "counted."
             )
 
-    def check(self, least_seen: int = LEAST_SEEN) -> None:
-        """Raise a ValueError if too many of at least `least_seen` samples were skipped."""
-        counts = self.counts
-        seen = counts.pop("seen")
-        skipped = sum(counts.values())
+    def check(self, counts: Mapping[str, int] | None = None, least_seen: int = LEAST_SEEN) -> None:
+        """Raise a ValueError if too many of at least `least_seen` samples were skipped.
+
+        Args:
+            counts: What is judged, such as one pass of all processes; by default all that this process counted.
+            least_seen: Fewer say too little.
+        """
+        kinds = {kind: number for kind, number in (counts or self.counts).items() if kind in self._counts.kinds}
+        seen = kinds.pop("seen")
+        skipped = sum(kinds.values())
         if seen >= least_seen and skipped > self.max_share * seen:
-            kinds = ", ".join(f"{kind.replace('_', ' ')}: {number}" for kind, number in counts.items())
+            listed = ", ".join(f"{kind.replace('_', ' ')}: {number}" for kind, number in kinds.items())
             raise ValueError(
-                f"{skipped} of {seen} samples had to be skipped ({kinds}), more than max_skipped_share="
+                f"{skipped} of {seen} samples had to be skipped ({listed}), more than max_skipped_share="
                 f"{self.max_share:g} allows; {self._example}."
             )
 
 
-def non_empty_captions(captions: str | Sequence[str] | None) -> list[str]:
-    """List those of a sample's captions that say something."""
-    listed = [captions] if isinstance(captions, str) else captions or []
-    return [caption for caption in listed if caption and caption.strip()]
+def non_empty_captions(captions: Any) -> list[str]:
+    """List those of a sample's captions that say something.
+
+    Args:
+        captions: A string, a sequence of strings, or None.
+
+    Raises:
+        ValueError: One is neither a string nor None, or has half a character (a lone surrogate), which no tokenizer
+            takes.
+    """
+    if captions is None:
+        return []
+    listed = captions if isinstance(captions, (list, tuple, np.ndarray)) else [captions]
+    said = []
+    for caption in listed:
+        if caption is not None and not isinstance(caption, str):
+            raise ValueError(f"a caption is {caption!r:.80}; it must be text")
+        if caption and caption.strip():
+            try:
+                caption.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"the caption {caption!a:.80} has half a character, {error.object[error.start]!a}"
+                ) from error
+            said.append(caption)
+    return said
 
 
 __all__ = ["SharedCounts", "SkipCounts", "non_empty_captions", "require_share"]

@@ -5,21 +5,19 @@ that passing over what a resumed run has already seen decodes nothing. `ImageTex
 DataLoader's workers.
 """
 
-import io
 import math
+import operator
 import os
-import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from transformers import ProcessorMixin
 
-from .image_processing_pil_diffclip import to_rgb
+from .image_reading import open_image, orientation, read_encoded, to_rgb
 from .label_names import name_labels, own_labels, renumbered, wrong_labels
 from .training_counts import SkipCounts, non_empty_captions
 from .training_shards import ImageTextShards, expand_braces, names_shards
@@ -249,14 +247,14 @@ def decode_crop(
     Any mode and orientation is allowed, as in `to_rgb`.
 
     Args:
-        image: As `Image.open` returns it, not yet decoded.
+        image: As `open_image` gives it.
         size: The result's width and height in pixels.
         scale: See `random_crop_box`.
         resample: Pillow's filter for resizing.
         generator: Where the box comes from.
     """
     width, height = image.size
-    if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+    if orientation(image) in SIDEWAYS:
         width, height = height, width
     left, top, box_width, box_height = random_crop_box(width, height, scale, generator)
     shrinkage = min(box_width / size[0], box_height / size[1])
@@ -271,20 +269,24 @@ def decode_crop(
 class _ImageCollator:
     """What the collators share: images decoded, cut and normalised, and rows without use dropped and counted."""
 
-    # What a row without a target is counted as, and what is said of it.
-    missing_kind: str
+    # What rows without use are counted as, the image apart: those without a target first.
+    kinds: tuple[str, ...]
     missing_reason: str
 
     def __init__(
         self,
         processor: ProcessorMixin,
         *,
-        train: bool,
+        train: bool | None = None,
         crop_scale: Sequence[float] = (0.5, 1.0),
         seed: int = 0,
         max_skipped_share: float = 0.01,
         image_column: str = "image",
     ):
+        if train is None:
+            raise TypeError("train is missing; pass True to cut images at random, as in training, or else False.")
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise TypeError(f"processor is of type {type(processor).__name__}; it must be a DiffCLIPProcessor.")
         smallest, largest = crop_scale
         if not 0 < smallest <= largest <= 1:
             raise ValueError(f"crop_scale is {crop_scale}; it must be two numbers in ascending order, in 0..1, not 0.")
@@ -293,7 +295,7 @@ class _ImageCollator:
         self.processor: Any = processor
         self.train, self.crop_scale, self.seed = train, (smallest, largest), seed
         self.image_column = image_column
-        self._skipped = SkipCounts(("corrupt_images", self.missing_kind), max_skipped_share)
+        self._skipped = SkipCounts(("corrupt_images", *self.kinds), max_skipped_share)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -305,12 +307,20 @@ class _ImageCollator:
         """Choose the epoch, from 0, on which the random crops depend; reaches workers that are already running."""
         self._epoch.fill_(epoch)
 
-    def check(self) -> None:
-        """Raise a ValueError if more rows were dropped than allowed, however few were seen."""
-        self._skipped.check(least_seen=1)
+    def check(self, counts: Mapping[str, int] | None = None) -> None:
+        """Raise a ValueError if more rows were dropped than allowed, however few were seen.
+
+        Args:
+            counts: What is judged, such as one pass of all processes; by default all that this process counted.
+        """
+        self._skipped.check(counts, least_seen=1)
 
     def _targets(self, row: Mapping[str, Any]) -> list[Any]:
-        """Return what the row's image may be trained towards."""
+        """Return what the row's image may be trained towards.
+
+        Raises:
+            ValueError: It can't be used.
+        """
         raise NotImplementedError
 
     def _batch_of(self, targets: list[Any]) -> dict[str, Any]:
@@ -319,7 +329,7 @@ class _ImageCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
         present = [row for row in rows if row is not None]
-        if not present:
+        if rows and not present:
             return {}
         if len(present) < len(rows):
             raise ValueError(
@@ -335,39 +345,56 @@ class _ImageCollator:
         self._skipped.check()
         return {**self._pixels(images), **self._batch_of(targets)}
 
+    def _cell(self, row: Mapping[str, Any], argument: str) -> Any:
+        """Return what a row has in the column that an argument names."""
+        column = getattr(self, argument)
+        if not isinstance(row, Mapping):
+            raise TypeError(f"A row is of type {type(row).__name__}; it must have columns by name.")
+        if column not in row:
+            raise ValueError(
+                f"A row has {', '.join(map(str, row)) or 'no columns'}; {argument} is {column!r}, which isn't there."
+            )
+        return row[column]
+
     def _decode_row(self, row: Mapping[str, Any]) -> tuple[Image.Image, Any] | None:
         """Return a row's image and target, None if one of them is of no use."""
         self._skipped.see()
-        targets = self._targets(row)
-        image = row[self.image_column]
-        if not isinstance(image, (bytes, Mapping)):
+        image = self._cell(row, "image_column")
+        if image is not None and not isinstance(image, (bytes, str, os.PathLike, Mapping)):
             raise TypeError(
                 f"The column {self.image_column} has a {type(image).__name__}; it must have encoded images, as after "
                 f'`dataset.cast_column("{self.image_column}", datasets.Image(decode=False))`.'
             )
-        encoded, path = (image, None) if isinstance(image, bytes) else (image["bytes"], image["path"])
-        which = row.get("key") or path or (f"the image of {targets[0]!r}" if targets else "an image")
-        if not targets:
-            self._skipped.skip(self.missing_kind, which, self.missing_reason)
+        if image is None or isinstance(image, bytes):
+            image = {"bytes": image}
+        elif not isinstance(image, Mapping):
+            image = {"path": image}
+        which = row.get("key") or image.get("path")
+        try:
+            targets = self._targets(row)
+        except ValueError as error:
+            self._skipped.skip(self.kinds[-1], which or "a row", str(error))
             return None
+        if not targets:
+            self._skipped.skip(self.kinds[0], which or "a row", self.missing_reason)
+            return None
+        which = which or f"the image of {targets[0]!r}"
         # A damaged file makes Pillow and its plug-ins raise nearly anything.
         try:
-            if encoded is None:
-                encoded = Path(path or "").read_bytes()
+            encoded = read_encoded(image)
             generator = np.random.default_rng((self.seed, int(self._epoch), zlib.crc32(encoded)))
             return self._decode(encoded, generator), targets[generator.integers(len(targets)) if self.train else 0]
         except Exception as error:
-            self._skipped.skip("corrupt_images", which, f"{type(error).__name__}: {error}")
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self._skipped.skip("corrupt_images", which, reason)
             return None
 
     def _decode(self, encoded: bytes, generator: np.random.Generator) -> Image.Image:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded)) as image:
-                if not self.train:
-                    return to_rgb(image)
-                image_processor = self.processor.image_processor
-                return decode_crop(image, self._size(), self.crop_scale, image_processor.resample, generator)
+        with open_image(encoded) as image:
+            if not self.train:
+                return to_rgb(image)
+            image_processor = self.processor.image_processor
+            return decode_crop(image, self._size(), self.crop_scale, image_processor.resample, generator)
 
     def _size(self) -> tuple[int, int]:
         """Return the width and height of the model's images in pixels."""
@@ -390,32 +417,33 @@ class ImageTextCollator(_ImageCollator):
     does what it always does, and the first caption is taken. What is drawn depends on the seed, the epoch and the
     image's bytes alone, so it is the same whatever the workers, and after resuming.
 
-    An image that can't be decoded, one larger than Pillow's limit against decompression bombs among them, is dropped
-    from the batch with its caption, and so is a row whose captions are all empty. Both are counted.
+    A row is dropped from the batch and counted where its image is missing, can't be read by `open_image` or is larger
+    or longer than that allows; where all its captions are empty; and where one isn't text or has half a character.
 
     Called with a list of rows `{image_column: {"bytes": ..., "path": ...}, caption_column: ...}` (the image may be
-    plain bytes too), returns `pixel_values`, float32, (batch, 3, height, width), `input_ids` and `attention_mask`,
-    int64, (batch, length), and `return_loss`, True. If every row is dropped, the batch has 0 rows, which the model
-    takes. A list of None, from `ImageTextShards.set_position`, gives `{}`.
+    plain bytes or a path too), returns `pixel_values`, float32, (batch, 3, height, width), `input_ids` and
+    `attention_mask`, int64, (batch, length), and `return_loss`, True. If every row is dropped, the batch has 0 rows,
+    which the model takes. A list of None, from `ImageTextShards.set_position`, gives `{}`.
 
     Args:
         processor: A DiffCLIPProcessor.
         train: Whether to cut and draw at random.
         crop_scale: The smallest and largest share of the image's area that a random crop has.
         seed: At least 0.
-        max_skipped_share: The largest share of rows dropped, of at least 1,000 that have been seen.
+        max_skipped_share: The largest share of rows dropped, of at least 1,000 that have been seen, and of a whole
+            pass, however few, where `DiffCLIPTrainer` trains or evaluates.
         pad_to_max_length: Whether every text is padded to the tokenizer's `model_max_length`, for compiled models,
             rather than to the longest of the batch.
         image_column: What the image is called in a row.
         caption_column: What the caption or list of captions is called.
 
     Raises:
-        ValueError: An argument isn't allowed; more rows than allowed had to be dropped; or only some of a batch's rows
-            are None.
-        TypeError: An image is already decoded.
+        ValueError: An argument isn't allowed; more rows than allowed had to be dropped; a row lacks a column; or only
+            some of a batch's rows are None.
+        TypeError: An image is already decoded, a label isn't an index, `train` is missing, or `processor` is none.
     """
 
-    missing_kind = "empty_captions"
+    kinds = ("empty_captions", "undecodable_captions")
     missing_reason = "it has no caption"
 
     def __init__(
@@ -431,7 +459,7 @@ class ImageTextCollator(_ImageCollator):
         self.caption_column = caption_column
 
     def _targets(self, row: Mapping[str, Any]) -> list[str]:
-        return non_empty_captions(row[self.caption_column])
+        return non_empty_captions(self._cell(row, "caption_column"))
 
     def _batch_of(self, targets: list[str]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
@@ -459,7 +487,7 @@ class ImageLabelCollator(_ImageCollator):
         ValueError, TypeError: As `ImageTextCollator` raises.
     """
 
-    missing_kind = "missing_labels"
+    kinds = ("missing_labels",)
     missing_reason = "it has no label"
 
     def __init__(self, processor: ProcessorMixin, *, label_column: str = "label", **options: Any):
@@ -467,9 +495,17 @@ class ImageLabelCollator(_ImageCollator):
         self.label_column = label_column
 
     def _targets(self, row: Mapping[str, Any]) -> list[int]:
-        label = row[self.label_column]
+        label = self._cell(row, "label_column")
+        if label is None:
+            return []
+        try:
+            index = operator.index(label)
+        except TypeError:
+            raise TypeError(
+                f"The column {self.label_column} has {label!r:.80}, a {type(label).__name__}; it must have indices."
+            ) from None
         # What data sets on the Hub have where a label is held back.
-        return [] if label is None or label < 0 else [label]
+        return [] if index < 0 else [index]
 
     def _batch_of(self, targets: list[int]) -> dict[str, Any]:
         return {"labels": torch.tensor(targets, dtype=torch.int64)}

@@ -4,13 +4,12 @@ import functools
 import glob
 import itertools
 import json
-import lzma
 import math
+import operator
 import os
 import re
 import tarfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +26,6 @@ logger = logging.get_logger(__name__)
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# What reading a damaged local file raises.
-DAMAGE = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -126,24 +123,24 @@ def _members(path: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.Tar
                 yield f"{folder}/{stem}" if folder else stem, extension.lower(), member, archive
 
 
-def _samples(path: str, start: float = 0, stop: float = math.inf) -> Iterator[dict[str, Any]]:
-    """Yield a shard's first `stop` samples: the key, and the bytes of each extension, empty in the first `start`.
+def _samples(path: str, wanted: Callable[[int], bool], stop: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Yield a shard's first `stop` samples: the key, and the bytes of each extension, empty of those not `wanted`.
 
-    A sample is a run of files with the same key and an image among them.
+    A sample is a run of files with the same key and an image among them; the same name again begins another.
     """
     number = 0
     sample: dict[str, Any] = {}
     for key, extension, member, archive in _members(path):
-        if key != sample.get("key"):
+        if key != sample.get("key") or extension in sample:
             if not sample.keys().isdisjoint(IMAGE_EXTENSIONS):
                 yield sample
                 number += 1
                 if number >= stop:
                     return
             sample = {"key": key}
-        if extension in (*IMAGE_EXTENSIONS, "txt", "json") and extension not in sample:
-            wanted = archive.extractfile(member) if number >= start else None
-            sample[extension] = wanted.read() if wanted else b""
+        if extension in (*IMAGE_EXTENSIONS, "txt", "json"):
+            file = archive.extractfile(member) if wanted(number) else None
+            sample[extension] = file.read() if file else b""
     if not sample.keys().isdisjoint(IMAGE_EXTENSIONS):
         yield sample
 
@@ -162,36 +159,35 @@ class BrokenShardError(Exception):
         self.samples_read = samples_read
 
 
-def _read_shard(path: str, start: float = 0, stop: float = math.inf) -> Iterator[dict[str, Any]]:
+def _read_shard(path: str, wanted: Callable[[int], bool], stop: float = math.inf) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard as `_samples` does; raise a BrokenShardError where it can't be read."""
-    # A file system of the network has errors of its own.
-    damage: Any = Exception if _is_url(path) else DAMAGE
-    samples = _samples(path, start, stop)
+    samples = _samples(path, wanted, stop)
     for number in itertools.count():
         try:
             sample = next(samples)
         except StopIteration:
             return
-        except damage as error:
-            raise BrokenShardError(f"{type(error).__name__}: {error}", number) from error
+        # A damaged file makes tarfile raise nearly anything, and a file system of the network has errors of its own.
+        except Exception as error:
+            raise BrokenShardError(f"{type(error).__name__}: {' '.join(str(error).split())}", number) from error
         yield sample
 
 
-def _caption_of(sample: Mapping[str, Any]) -> str | list[str]:
-    """Return a sample's caption: its `txt`, or the `caption` of its `json` where it has none; "" if it has neither.
+def _caption_of(sample: Mapping[str, Any]) -> Any:
+    """Return a sample's caption: its `txt`, or the `caption` of its `json` where it has none; None if it has neither.
 
     Raises:
-        ValueError: It isn't UTF-8, the JSON isn't an object, or the field is neither a string nor a list of strings.
+        ValueError: It isn't UTF-8, or the JSON isn't an object.
     """
     if "txt" in sample:
         return sample["txt"].decode("utf-8")
-    fields = json.loads(sample.get("json") or b"{}")
+    try:
+        fields = json.loads(sample.get("json") or b"{}")
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
     if not isinstance(fields, dict):
         raise ValueError(f"the JSON is of type {type(fields).__name__} rather than an object")
-    caption = fields.get("caption") or ""
-    if not isinstance(caption, (str, list)) or not all(isinstance(single, str) for single in caption):
-        raise ValueError(f"the JSON's caption is {caption!r}")
-    return caption
+    return fields.get("caption")
 
 
 def _read_sizes(path: str) -> dict[str, Any]:
@@ -205,11 +201,23 @@ def _read_sizes(path: str) -> dict[str, Any]:
             sizes = json.load(file)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path!r} must be JSON: {error}") from error
     if not isinstance(sizes, dict):
         raise ValueError(f"{path!r} has a {type(sizes).__name__}; it must have an object.")
     return sizes
+
+
+def _stated_size(path: str, sizes: Mapping[str, Any], field: str) -> int | None:
+    """Return how many samples a field of a JSON file, already read, states, None if it isn't there.
+
+    Raises:
+        ValueError: It isn't a number of samples.
+    """
+    size = sizes.get(field)
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
+        raise ValueError(f"{path!r} states {size!r:.50} as {field}; it must be a whole number, at least 0.")
+    return size
 
 
 def _processes(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -233,6 +241,10 @@ def _processes(rank: int | None, world_size: int | None) -> tuple[int, int]:
             "world_size."
         )
     return 0, 1
+
+
+def _none(number: int) -> bool:
+    return False
 
 
 def _shuffled(samples: Iterator[dict], size: int, generator: np.random.Generator) -> Iterator[dict]:
@@ -265,7 +277,8 @@ class ImageTextShards(IterableDataset):
     short, since samples were passed over or a shard broke off, repeats some of its own.
 
     The order depends on the seed, the epoch and the numbers of processes and workers, and on nothing else. `set_epoch`
-    and `set_position` reach workers that are already running.
+    and `set_position` reach workers that are already running. That is training's; `DiffCLIPTrainer` evaluates on
+    `once`, which repeats and leaves out nothing.
 
     Yields `{"image": {"bytes": ..., "path": None}, "caption": ..., "key": "SHARD/KEY"}`, or None for a sample that
     `set_position` passes over, of which `ImageTextCollator` makes an empty batch.
@@ -286,8 +299,9 @@ class ImageTextShards(IterableDataset):
 
     Raises:
         FileNotFoundError: A local shard isn't there.
-        ValueError: There are fewer samples than a batch of every process; an argument isn't allowed; and when
-            iterating, more samples or shards than allowed are broken, or all of a worker's are.
+        ValueError: There are no samples, or an argument isn't allowed; when its length is asked for or it's iterated,
+            there are fewer samples than a batch of every process; and when iterating, more samples or shards than
+            allowed are broken, or all of a worker's are.
     """
 
     # `DiffCLIPTrainer` leaves the dividing among processes to it.
@@ -326,15 +340,29 @@ class ImageTextShards(IterableDataset):
         self._sizes = np.array(self._find_sizes(), dtype=np.int64)
         self.num_samples = int(self._sizes.sum())
         self.batches_per_epoch = self.num_samples // self.world_size // batch_size
-        if not self.batches_per_epoch:
+        if not self.num_samples:
+            self._require(1)
+
+    def _require(self, samples: int) -> None:
+        """Raise a ValueError if there are fewer samples."""
+        if self.num_samples < samples:
             broken = f" ({self._broken_names()} can't be read)" if self._broken.any() else ""
             raise ValueError(
-                f"The shards have {self.num_samples} samples{broken}; batch_size={batch_size} on {self.world_size} "
-                f"processes needs at least {batch_size * self.world_size}."
+                f"The shards have {self.num_samples} samples{broken}; batch_size={self.batch_size} on "
+                f"{self.world_size} processes needs at least {samples}."
             )
 
     def __len__(self) -> int:
+        # Evaluation needs no whole batch, so it's the first use in training that does.
+        self._require(self.batch_size * self.world_size)
         return self.batches_per_epoch * self.batch_size
+
+    def once(self, batch_size: int) -> "ImageTextShardsOnce":
+        """Return the same pairs for evaluation, each exactly once and in order, in lists for a batch.
+
+        See `ImageTextShardsOnce`.
+        """
+        return ImageTextShardsOnce(self, batch_size)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -362,9 +390,13 @@ class ImageTextShards(IterableDataset):
             raise ValueError(f"batches_done is {batches_done}; it must be in 0..{self.batches_per_epoch}.")
         self._position.copy_(torch.tensor([epoch, epoch, batches_done]))
 
-    def check(self) -> None:
-        """Raise a ValueError if more samples were passed over than allowed, however few were seen."""
-        self._skipped.check(least_seen=1)
+    def check(self, counts: Mapping[str, int] | None = None) -> None:
+        """Raise a ValueError if more samples were passed over than allowed, however few were seen.
+
+        Args:
+            counts: What is judged, such as one pass of all processes; by default all that this process counted.
+        """
+        self._skipped.check(counts, least_seen=1)
 
     def _stated_sizes(self) -> list[int | None]:
         """Return how many samples each shard has by the files beside it, None where they don't say."""
@@ -373,8 +405,9 @@ class ImageTextShards(IterableDataset):
         for path in self.shards:
             folder, slash, name = path.rpartition("/")
             stem = next((name.removesuffix(suffix) for suffix in SHARD_SUFFIXES if name.endswith(suffix)), name)
-            stated = read_sizes(f"{folder}{slash}{stem}_stats.json").get("successes")
-            sizes.append(read_sizes(f"{folder}{slash}sizes.json").get(name) if stated is None else stated)
+            beside, common = f"{folder}{slash}{stem}_stats.json", f"{folder}{slash}sizes.json"
+            stated = _stated_size(beside, read_sizes(beside), "successes")
+            sizes.append(_stated_size(common, read_sizes(common), name) if stated is None else stated)
         return sizes
 
     def _find_sizes(self) -> list[int]:
@@ -389,7 +422,7 @@ class ImageTextShards(IterableDataset):
         for number in logging.tqdm(unknown, desc="Counting", unit="shard", disable=len(unknown) < 2):
             sizes[number] = 0
             try:
-                for counted, _ in enumerate(_read_shard(self.shards[number], start=math.inf), 1):
+                for counted, _ in enumerate(_read_shard(self.shards[number], _none), 1):
                     sizes[number] = counted
             except BrokenShardError as error:
                 self._report_broken(number, error)
@@ -442,11 +475,12 @@ class ImageTextShards(IterableDataset):
         key = f"{self.shards[number]}/{sample['key']}"
         try:
             caption = _caption_of(sample)
+            said = non_empty_captions(caption)
         except ValueError as error:
             self._skipped.skip("undecodable_captions", key, str(error))
             self._skipped.check()
             return None
-        if not non_empty_captions(caption):
+        if not said:
             self._skipped.skip("empty_captions", key, "it has no caption")
             self._skipped.check()
             return None
@@ -458,7 +492,8 @@ class ImageTextShards(IterableDataset):
         for number, start, stop in segments:
             read = 0
             try:
-                for read, sample in enumerate(_read_shard(self.shards[number], start, stop), 1):
+                wanted = functools.partial(operator.le, start)
+                for read, sample in enumerate(_read_shard(self.shards[number], wanted, stop), 1):
                     row = self._row(number, sample) if read > start else None
                     if row is not None:
                         yield row
@@ -467,6 +502,35 @@ class ImageTextShards(IterableDataset):
             except BrokenShardError as error:
                 self._report_broken(number, error)
                 self._check_broken(shards)
+
+    def _lists_once(self, batch_size: int, worker: int, workers: int) -> Iterator[list[dict[str, Any]]]:
+        """Yield a worker's lists of this process: of every global batch in turn its share, which may be empty."""
+        size = batch_size * self.world_size
+        first = 0  # The number of the present shard's first sample.
+        batch, rows = worker, []
+
+        def is_own(number: int) -> bool:
+            place, rest = divmod(first + number, size)
+            return place % workers == worker and rest // batch_size == self.rank
+
+        for number, path in enumerate(self.shards):
+            read = 0
+            try:
+                for read, sample in enumerate(_read_shard(path, is_own), 1):
+                    if first + read > (batch + 1) * size:
+                        yield rows
+                        batch, rows = batch + workers, []
+                    row = self._row(number, sample) if is_own(read - 1) else None
+                    if row is not None:
+                        rows.append(row)
+                if read < self._sizes[number]:
+                    raise BrokenShardError(f"it should have {self._sizes[number]} samples", read)
+            except BrokenShardError as error:
+                self._report_broken(number, error)
+                self._check_broken(range(len(self.shards)))
+            first += read
+        if first > batch * size:
+            yield rows
 
     def _endless_rows(self, epoch: int, first_batch: int, last_batch: int, worker: int) -> Iterator[dict[str, Any]]:
         """Yield the rows of a range of batches, and from the start again where they are too few."""
@@ -488,6 +552,7 @@ class ImageTextShards(IterableDataset):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         epoch, passed_epoch, batches_done = self._position.tolist()
+        self._require(self.batch_size * self.world_size)
         # Workers take turns, batch by batch.
         first, last = (self._batches_before(number, workers) for number in (worker, worker + 1))
         done = batches_done // workers + (worker < batches_done % workers) if epoch == passed_epoch else 0
@@ -496,9 +561,48 @@ class ImageTextShards(IterableDataset):
             yield None if number < done * self.batch_size else row
 
 
+class ImageTextShardsOnce(IterableDataset):
+    """The pairs of `ImageTextShards` for evaluation: every one that can be read exactly once, in the shards' order.
+
+    Yields lists of the rows that `ImageTextShards` yields: this process's share of each batch of all processes, fewer
+    or none where samples had to be passed over. It's for a DataLoader with `batch_size=None`. Every process and worker
+    yields its lists in turn, so that the order is the same for any number of them; to that end each passes over all
+    shards, of which it reads its own samples (and streams those at a URL whole). Shards that are larger than stated
+    are read to their end, and what is counted is counted in the `ImageTextShards`.
+
+    Args:
+        shards: Where the pairs are.
+        batch_size: The most rows in a list.
+
+    Raises:
+        ValueError: When iterating, more samples or shards than allowed are broken.
+    """
+
+    splits_itself = True
+
+    def __init__(self, shards: ImageTextShards, batch_size: int):
+        super().__init__()
+        self.shards, self.batch_size = shards, batch_size
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """As `ImageTextShards.counts`."""
+        return self.shards.counts
+
+    def check(self, counts: Mapping[str, int] | None = None) -> None:
+        """Raise a ValueError as `ImageTextShards.check` does."""
+        self.shards.check(counts)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        return self.shards._lists_once(self.batch_size, worker, workers)
+
+
 __all__ = [
     "BrokenShardError",
     "ImageTextShards",
+    "ImageTextShardsOnce",
     "expand_braces",
     "find_shards",
     "names_shards",
