@@ -18,7 +18,7 @@ from tiny import CONTEXT, tiny_inputs, tiny_model
 from tolerances import ONNX_AGAINST_PYTORCH, PADDING, PARITY_WITH_ORIGINAL, relative_error
 from transformers import AutoProcessor
 
-from diffclip_hf import DiffCLIPModel, export_onnx
+from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, export_onnx
 from diffclip_hf.remote_code import CODE_FILES
 
 
@@ -174,8 +174,10 @@ def test_int8_weights_are_in_the_graph(exported):
 def test_the_folder_has_its_processor(tmp_path):
     save_tiny(tmp_path / "model")
     (tmp_path / "out").mkdir()
-    export_onnx.copy_processor(str(tmp_path / "model"), tmp_path / "out")
-    DiffCLIPModel.from_pretrained(tmp_path / "model").config.save_pretrained(tmp_path / "out")
+    config = DiffCLIPModel.from_pretrained(tmp_path / "model").config
+    for path in export_onnx.find_processor(str(tmp_path / "model"), config):
+        shutil.copyfile(path, tmp_path / "out" / path.name)
+    config.save_pretrained(tmp_path / "out")
     processor, expected = (AutoProcessor.from_pretrained(tmp_path / name) for name in ("out", "model"))
     given = {"text": ["a b", "c"], "images": picture(), "padding": True, "return_tensors": "pt"}
     for name, tensor in expected(**given).items():
@@ -185,12 +187,9 @@ def test_the_folder_has_its_processor(tmp_path):
 def test_a_model_of_the_hub(tmp_path):
     """What is read of a repository on loopback, in a process of its own, which isn't offline."""
     save_tiny(tmp_path / "model")
-    (tmp_path / "out").mkdir()
     code = """
-from pathlib import Path
 from diffclip_hf import export_onnx
-export_onnx.load_model("org/tiny")
-export_onnx.copy_processor("org/tiny", Path("out"))
+print(*export_onnx.find_processor("org/tiny", export_onnx.load_model("org/tiny").config), sep="\\n")
 """
     with HubServer(tmp_path / "server") as hub:
         hub.add("org/tiny", tmp_path / "model")
@@ -198,7 +197,7 @@ export_onnx.copy_processor("org/tiny", Path("out"))
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    copied = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    copied = {Path(path).name: Path(path).read_bytes() for path in done.stdout.splitlines()}
     assert copied.keys() == {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert all((tmp_path / "model" / name).read_bytes() == content for name, content in copied.items())
 
@@ -261,7 +260,28 @@ def test_a_folder_in_use_stops_it(tmp_path, caplog):
 
 
 def test_a_missing_model_stops_it(tmp_path, caplog):
-    failing(tmp_path, caplog, str(tmp_path / "none"), str(tmp_path / "out"), words=["none can't be loaded"])
+    failing(tmp_path, caplog, str(tmp_path / "none"), str(tmp_path / "out"), words=["There is no", "none"])
+
+
+def test_a_model_that_lacks_a_part_stops_it(tmp_path, caplog):
+    """A classifier's folder has no text tower; and a tokenizer without its vocabulary loads too."""
+    save_tiny(tmp_path / "whole")
+    model = DiffCLIPForImageClassification.from_pretrained(tmp_path / "whole", num_labels=3)
+    model.save_pretrained(tmp_path / "classifier")
+    shutil.copytree(tmp_path / "whole", tmp_path / "tokenless")
+    (tmp_path / "tokenless" / "tokenizer.json").unlink()
+    shutil.copytree(tmp_path / "whole", tmp_path / "other")
+    tokenizer = Path(__file__).parent.parent / "embedded" / "diffclip-emoji" / "tokenizer.json"
+    shutil.copyfile(tokenizer, tmp_path / "other" / "tokenizer.json")
+    for name, words in {"classifier": "text_model", "tokenless": "no vocabulary", "other": "another model"}.items():
+        caplog.clear()
+        failing(tmp_path, caplog, str(tmp_path / name), str(tmp_path / "out"), words=[words])
+
+
+@pytest.mark.parametrize("options", [{"opset": 99}, {"runs": -1}])
+def test_options_that_cannot_be_stop_it(tmp_path, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is .*; it must be"):
+        export_onnx.export_onnx(tmp_path, tmp_path / "out", **options)
 
 
 def test_a_missing_package_stops_it(tmp_path, caplog, monkeypatch):

@@ -16,7 +16,6 @@ normalised. A graph can't raise: a text without an end-of-text token gives the e
 """
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -35,7 +34,10 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from .configuration_diffclip import DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .commands import require_extra, run_command
+from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .loading import check_tokenizer, load_tokenizer
+from .loading import load_model as load_whole_model
 from .machine import describe_machine, describe_versions
 from .modeling_diffclip import DiffCLIPModel
 from .remote_code import add_remote_code
@@ -70,7 +72,7 @@ Inputs = dict[str, torch.Tensor]
 Runner = Callable[[Inputs], np.ndarray]
 
 
-class ExportError(Exception):
+class ExportError(ValueError):
     """The export can't be done, or a check of it failed."""
 
 
@@ -395,20 +397,28 @@ def export_checked(tower: Tower, folder: Path, opset: int, int8: bool, runs: int
     return measured
 
 
-def copy_processor(source: str, folder: Path) -> None:
-    """Copy what a model's folder or repository has of image processor and tokenizer.
+def find_processor(source: str, config: DiffCLIPConfig) -> list[Path]:
+    """Return the files of a model's image processor and tokenizer, after a look whether the tokenizer is the model's.
+
+    Args:
+        source: The model's folder or its id on the Hub.
+        config: The model's.
 
     Raises:
         ExportError: The Hub can't be reached.
+        ValueError: The tokenizer has no vocabulary, or isn't the model's.
     """
     try:
-        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
+        cached = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
     except OSError as error:
         raise ExportError(f"The processor of {source} can't be loaded: {error}") from error
-    for path in filter(None, found):
-        shutil.copyfile(path, folder / Path(path).name)
-    if not any(found):
+    found = [Path(path) for path in cached if path]
+    # An image processor alone has a `preprocessor_config.json`; all else needs a tokenizer.
+    if any(path.name != "preprocessor_config.json" for path in found):
+        check_tokenizer(load_tokenizer(source), config, source)
+    if not found:
         logger.warning("%s has neither an image processor nor a tokenizer: none is written.", source)
+    return found
 
 
 def load_model(source: str) -> DiffCLIPModel:
@@ -417,12 +427,12 @@ def load_model(source: str) -> DiffCLIPModel:
     Eager, since its graph has one product with v for each pair of heads, and runs faster than SDPA's, which has two.
 
     Raises:
-        ExportError: There is no such model.
+        ValueError: There is no such model, it lacks weights, or it's quantised.
     """
-    try:
-        return DiffCLIPModel.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{source} can't be loaded: {error}") from error
+    model = load_whole_model(source, DiffCLIPModel, dtype=torch.float32, attn_implementation="eager")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ExportError(f"{source} is quantised, which can't be exported; name the model from before.")
+    return model
 
 
 def export_onnx(
@@ -445,17 +455,24 @@ def export_onnx(
         What `export_report.json` holds.
 
     Raises:
-        ExportError: A package is missing, the model isn't as it must be, or a check failed.
-        FileExistsError: `folder` exists and is not an empty folder.
+        ValueError: An option or the model isn't as it must be, its processor isn't whole, or, as an `ExportError`, a
+            check failed.
+        ImportError: A package is missing.
+        OSError: `folder` can't be written; see `check_output_folder`.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"{', '.join(missing)} can't be imported; pip install 'diffclip-hf[onnx]'.")
+    require_extra("onnx", *PACKAGES)
+    if opset not in OPSETS:
+        raise ValueError(f"opset is {opset!r}; it must be from {OPSETS[0]} to {OPSETS[-1]}.")
+    if runs < 0:
+        raise ValueError(f"runs is {runs}; it must be 0 or more.")
     source = os.fspath(source)
+    # It finds out whether the folder can be written before the work begins.
     with written_whole(Path(folder)) as beside:
         model = load_model(source)
+        files = find_processor(source, model.config)
         model.config.save_pretrained(beside)
-        copy_processor(source, beside)
+        for path in files:
+            shutil.copyfile(path, beside / path.name)
         # Else an `auto_map` of the source's would name files that aren't here.
         add_remote_code(beside)
         report = {
@@ -499,12 +516,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logger.setLevel(logging.INFO)
     args = parse_args(argv)
-    try:
-        export_onnx(args.source, args.folder, args.opset, args.int8, args.runs)
-    except (ExportError, FileExistsError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: export_onnx(args.source, args.folder, args.opset, args.int8, args.runs), logger)
 
 
 if __name__ == "__main__":
