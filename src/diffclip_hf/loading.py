@@ -5,6 +5,7 @@ vocabulary has two tokens. The commands load by these functions, which refuse bo
 """
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -19,12 +20,15 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
-from .commands import one_line
+from .commands import one_line, require_extra
 
 
 logger = logging.getLogger(__name__)
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 # Of `from_pretrained`, what says where files are and not what the model is.
 PLACE_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 # Towers that pool at the end-of-text token's id, so that a tokenizer with another one gives wrong embeddings.
@@ -67,41 +71,66 @@ def check_path(path: str | os.PathLike, option: str) -> Path:
     return found
 
 
-def is_local(name: str) -> bool:
-    """Say whether a name that isn't there can only be meant as a path, for no id on the Hub is like it."""
+def is_local(name: str, needs_owner: bool = True) -> bool:
+    """Say whether a name that isn't there can only be meant as a path, for no id on the Hub is like it.
+
+    Args:
+        name: A path or an id.
+        needs_owner: Whether an id has an owner; a few old data sets have none.
+    """
     return (
         name.startswith((".", "~", "/"))
         or name.endswith(("/", os.sep))
         or "\\" in name
         or re.match("[A-Za-z]:", name) is not None
-        or name.count("/") != 1
+        or name.count("/") > 1
+        or (needs_owner and "/" not in name)
     )
 
 
-def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None, repo_type: str = "model") -> str:
+def _refuse_address(name: str) -> None:
+    """Raise a ValueError for an address, with the id in it."""
+    if "://" in name:
+        near = re.fullmatch(r"https?://[^/]*huggingface\.co/(?:datasets/)?([^/]+/[^/?#]+).*", name)
+        hint = f", {near[1]!r}" if near else ", as in 'openai/clip-vit-base-patch16'"
+        raise ValueError(f"{name!r} is an address; name a folder or an id on the Hub{hint}.")
+
+
+def _is_cached(name: str, kind: str, cache_dir: str | os.PathLike | None) -> bool:
+    """Say whether a cache of the Hub's has a repository."""
+    places = [Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))]
+    if kind == "dataset":
+        import datasets
+
+        places.append(Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")))
+    return any(place.is_dir() for place in places)
+
+
+def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None, kind: str = "model") -> str:
     """Return the folder or the Hub's id that a name stands for, with `~` written out; the Hub isn't asked.
 
     A name that looks like a path, or whose first part is a folder here, is a path, unless the Hub's cache has a
     repository of that name.
+
+    Args:
+        name: A path or an id.
+        cache_dir: The Hub's cache, by default the client's own.
+        kind: `"model"` or `"dataset"`.
 
     Raises:
         ValueError: It's a path that isn't there, or an address.
     """
     text = os.fspath(name)
     if not text.strip():
-        raise ValueError(f"A {repo_type}'s name is empty; name a folder or an id on the Hub.")
-    if "://" in text:
-        near = re.fullmatch(r"https?://[^/]*huggingface\.co/([^/]+/[^/?#]+).*", text)
-        hint = f", {near[1]!r}" if near else ", as in 'openai/clip-vit-base-patch16'"
-        raise ValueError(f"{text!r} is an address; name a folder or an id on the Hub{hint}.")
+        raise ValueError(f"A {kind}'s name is empty; name a folder or an id on the Hub.")
+    _refuse_address(text)
     path = Path(text).expanduser()
     if path.exists():
         return str(path)
-    if is_local(text):
+    if is_local(text, needs_owner=kind == "model"):
         owner = " An id on the Hub has an owner and a name, with one slash." if "/" not in text else ""
         raise ValueError(_not_there(path) + owner)
-    in_cache = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=text, repo_type=repo_type))
-    if path.parent.is_dir() and not in_cache.is_dir():
+    if "/" in text and path.parent.is_dir() and not _is_cached(text, kind, cache_dir):
         raise ValueError(
             f"{_not_there(path)} To load {text} from the Hub, start from where there is no folder {path.parent}."
         )
@@ -142,15 +171,14 @@ def load_config(name: str | os.PathLike, config_class: Any = AutoConfig, **optio
     """Return a model's configuration.
 
     Args:
-        name: A folder, a configuration's file or an id on the Hub.
+        name: A folder or an id on the Hub.
         config_class: `AutoConfig`, or the class that it has to be.
         options: As in `from_pretrained`.
 
     Raises:
         ValueError: There's none, it's of another kind, or it isn't valid.
     """
-    path = Path(os.fspath(name)).expanduser()
-    source = str(path) if path.is_file() else _model_folder(name, options.get("cache_dir"), CONFIG)
+    source = _model_folder(name, options.get("cache_dir"), CONFIG)
     with _named(source, "configuration"):
         config = AutoConfig.from_pretrained(source, **options)
     if config_class is not AutoConfig and not isinstance(config, config_class):
@@ -186,16 +214,18 @@ def _check_kind(source: str, config: PreTrainedConfig, model_class: Any) -> None
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Keep Transformers' table of missing weights off the log, for `_check_weights` says it in one line."""
-    log = logging.getLogger("transformers.modeling_utils")
+    logs = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    log.addFilter(is_other)
+    for log in logs:
+        log.addFilter(is_other)
     try:
         yield
     finally:
-        log.removeFilter(is_other)
+        for log in logs:
+            log.removeFilter(is_other)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -238,7 +268,7 @@ def load_model(
     """Return a model with all of its weights, in evaluation mode.
 
     Args:
-        name: A folder or an id on the Hub.
+        name: A folder or an id on the Hub, of a model or of an adapter that PEFT saved.
         model_class: `AutoModel`, for any with `get_image_features` and `get_text_features`, or a model's class.
         new: Prefixes of the weights that may be missing or of another shape, and start at random.
         options: As in `from_pretrained`.
@@ -248,17 +278,37 @@ def load_model(
             that its configuration hasn't.
     """
     source = _model_folder(name, options.get("cache_dir"), CONFIG, ADAPTER)
-    if not (Path(source) / ADAPTER).is_file():
-        places = {key: value for key, value in options.items() if key in PLACE_OPTIONS}
-        _check_kind(source, load_config(source, **places), model_class)
+    places = {key: value for key, value in options.items() if key in PLACE_OPTIONS}
+    own = {key: value for key, value in places.items() if key != "trust_remote_code"}
+    with _named(source, "adapter"):
+        adapter = None if (Path(source) / CONFIG).is_file() else find_adapter_config_file(source, **own)
+    if adapter is not None:
+        return _with_adapter(source, Path(adapter), model_class, new, options)
+    _check_kind(source, load_config(source, **places), model_class)
     with _named(source, "model"), _without_report():
         model, info = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    if hasattr(model_class, "_model_mapping"):
-        _check_kind(source, model.config, model_class)
     _check_weights(source, model, info, tuple(new))
     return model
+
+
+def _with_adapter(source: str, adapter: Path, model_class: Any, new: Sequence[str], options: dict[str, Any]) -> Any:
+    """Return the model of an adapter, which is loaded by itself, with the adapter."""
+    require_extra("training", "peft")
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{source} holds an adapter whose {ADAPTER} names no base_model_name_or_path.")
+    # A revision and a folder are the adapter's.
+    own = {key: options[key] for key in PLACE_OPTIONS if key in options and key != "trust_remote_code"}
+    model = load_model(
+        base, model_class, new=new, **{key: options[key] for key in options if key not in ("revision", "subfolder")}
+    )
+    with _named(source, "adapter"), _without_report():
+        found = model.load_adapter(source, adapter_kwargs=own, ignore_mismatched_sizes=True)
+    info = {key: getattr(found, key) for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
+    _check_weights(source, model, info, tuple(new))
+    return model.eval()
 
 
 # Processors ---------------------------------------------------------------------------------------------------------
@@ -275,7 +325,10 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig | None = None, name
     which = f"The tokenizer of {os.fspath(name)}" if os.fspath(name) else "The tokenizer"
     vocabulary = tokenizer.get_vocab()
     if not set(vocabulary) - set(tokenizer.all_special_tokens):
-        raise ValueError(f"{which} has no vocabulary: its tokenizer.json, or vocab.json and merges.txt, is missing.")
+        hint = "" if Path(os.fspath(name)).is_dir() else ", or the Hub has no such repository or can't be reached"
+        raise ValueError(
+            f"{which} has no vocabulary: its tokenizer.json, or vocab.json and merges.txt, is missing{hint}."
+        )
     if config is None:
         return
     text = config.get_text_config()
@@ -318,7 +371,7 @@ def load_tokenizer(name: str | os.PathLike, tokenizer_class: Any = AutoTokenizer
     Raises:
         ValueError: There's none, or it has no vocabulary.
     """
-    source = find_source(name, options.get("cache_dir"))
+    source = _model_folder(name, options.get("cache_dir"), *TOKENIZER_FILES)
     with _named(source, "tokenizer"):
         tokenizer = tokenizer_class.from_pretrained(source, **options)
     check_tokenizer(tokenizer, None, source)
@@ -342,7 +395,7 @@ def load_processor(
     Raises:
         ValueError: There's no such processor, a part is missing, or the tokenizer isn't the model's.
     """
-    source = find_source(name, options.get("cache_dir"))
+    source = _model_folder(name, options.get("cache_dir"), *PROCESSOR_FILES)
     with _named(source, "processor"):
         processor = processor_class.from_pretrained(source, **options)
     if missing := [part for part in ("image_processor", "tokenizer") if getattr(processor, part, None) is None]:

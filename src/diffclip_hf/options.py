@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from .commands import one_line
 from .loading import closest
 
 
-KIND_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+KIND_NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a text", "texts")}
 # What YAML reads as a boolean.
 YAML_WORDS = {True: ("yes", "on", "true"), False: ("no", "off", "false", "none")}
 
@@ -32,7 +33,9 @@ class _Loader(yaml.SafeLoader):
         try:
             twice = {key for key in keys if keys.count(key) > 1}
         except TypeError as error:
-            raise yaml.constructor.ConstructorError(None, None, "a key isn't a word", node.start_mark) from error
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key holds several values", node.start_mark
+            ) from error
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{twice.pop()} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -85,6 +88,10 @@ def read_options(path: Path, what: str) -> dict[str, Any]:
         return parse_json_object(text, what)
     try:
         options = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" (line {mark.line + 1})" if mark is not None else ""
+        raise ValueError(f"{what} isn't YAML or JSON: {error.problem}{line}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} isn't YAML or JSON: {one_line(error)}") from error
     if not isinstance(options, dict):
@@ -96,19 +103,28 @@ def read_options(path: Path, what: str) -> dict[str, Any]:
 # Types --------------------------------------------------------------------------------------------------------------
 
 
-def check_names(names: Iterable[Any], known: Iterable[str], what: str) -> None:
-    """Raise a ValueError for names that aren't among the known ones, with those that are spelt alike.
+def check_names(names: Iterable[Any], known: Iterable[str], where: str, kind: str) -> None:
+    """Raise a ValueError for a name that isn't among the known ones, with those that are spelt alike.
 
     Args:
         names: What was given.
         known: What there is.
-        what: What the names are given in, and what they must be: `"{what} has nme, which isn't …"`.
+        where: What has the names.
+        kind: What a name is one of, as `"an option"`.
     """
     known = set(known)
     if unknown := [str(name) for name in names if name not in known]:
-        raise ValueError(
-            f"{what} has {unknown[0]!r}, which isn't one of its names{closest(unknown[0], sorted(known))}"
-        )
+        raise ValueError(f"{where} has {unknown[0]!r}, which isn't {kind}{closest(unknown[0], sorted(known))}")
+
+
+def _object_or_text(name: str, text: str) -> dict[str, Any] | str:
+    """Return the JSON object in a text, or the text where it is none, which may name a file."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return parse_json_object(text, f"{name} {text}")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class OptionParser(HfArgumentParser):
@@ -137,12 +153,15 @@ class OptionParser(HfArgumentParser):
         return {typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if is_union else (hint,))}
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        name = names[0].lstrip("-")
+        if dict in self.kinds.get(name, ()):
+            kwargs["type"] = partial(_object_or_text, name)
         action = super().add_argument(*names, **kwargs)
         self.options.setdefault(action.dest, action)
         return action
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; see --help.")
+        raise ValueError(f"{message.removeprefix('argument ').rstrip('.')}; see --help.")
 
     def given(self, argv: Sequence[str]) -> set[str]:
         """Return the names of the options on a command line."""
@@ -157,11 +176,15 @@ class OptionParser(HfArgumentParser):
             from_file: The file's options.
             what: What the file is called in messages.
         """
-        check_names(from_file, self.kinds.keys() & self.options.keys(), what)
+        check_names(from_file, self.kinds.keys() & self.options.keys(), what, "an option")
         self.set_defaults(**{name: self.typed(name, value, what) for name, value in from_file.items()})
-        *parsed, rest = self.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
+        try:
+            *parsed, rest = self.parse_args_into_dataclasses(
+                list(argv), return_remaining_strings=True, look_for_args_file=False
+            )
+        # Of options that hold fields by name, the classes raise it for a field that they haven't.
+        except TypeError as error:
+            raise ValueError(f"An option's value doesn't fit: {one_line(error)}.") from error
         if rest:
             flags = [flag for action in self.options.values() for flag in action.option_strings]
             raise ValueError(f"{rest[0]!r} isn't an option{closest(rest[0], flags)} See --help.")
@@ -201,9 +224,12 @@ class OptionParser(HfArgumentParser):
             return "one of " + ", ".join(map(str, action.choices))
         if bool in kinds:
             return "true or false"
-        kind: Any = action.type
-        wanted = KIND_NAMES.get(kind, "a text")
-        return f"{wanted} or a list" if list in kinds else wanted
+        if dict in kinds:
+            return "fields by name, as in {name: value}"
+        one, many = KIND_NAMES.get(action.type, KIND_NAMES[str])  # type: ignore[call-overload]
+        if action.nargs == "+":
+            return f"a list of {many}"
+        return f"{one} or a list of {many}" if list in kinds else one
 
     def _word(self, name: str, value: bool, option: str) -> Any:
         """Return what a boolean stands for where an option takes words."""

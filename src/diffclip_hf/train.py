@@ -289,8 +289,11 @@ def run(
             "--multi_gpu, or use torchrun; and pass --use_cpu."
         )
     checkpoint = resume_point(training_args)
+    output = Path(training_args.output_dir or "")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir is {str(output)!r}, which is a file; name a folder.")
     if training_args.should_save:
-        check_output_file(Path(training_args.output_dir or "", "training_args.bin"))
+        check_output_file(output / "training_args.bin")
     set_seed(training_args.seed)
     make_parts = contrastive_parts if model_args.task == CONTRASTIVE else classification_parts
     parts = make_parts(model_args, data_args, training_args)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
@@ -204,15 +205,15 @@ def config_from_fields(fields: dict[str, Any], what: str = "model_config") -> Di
             continue
         if not isinstance(given, dict):
             raise ValueError(f"{where} is {given!r}; it must hold fields by name, as in {{...}}.")
-        check_names(given, {*config.to_dict(), *CONFIG_EXTRAS}, where)
+        check_names(given, {*config.to_dict(), *CONFIG_EXTRAS}, where, "a field")
         model_type = given.get("model_type", config.model_type)
         if model_type != config.model_type:
             raise ValueError(f"model_type in {where} is {model_type!r}; it must be {config.model_type!r}.")
     try:
         return DiffCLIPConfig(**fields)
     # What Transformers' own fields raise for a value of another kind.
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{what} has a field of the wrong kind: {error}") from error
+    except (AttributeError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{what} has a field of the wrong kind: {one_line(error)}.") from error
 
 
 def build_config(model_config: str) -> DiffCLIPConfig:
@@ -234,17 +235,17 @@ def build_config(model_config: str) -> DiffCLIPConfig:
 
 @dataclass
 class _Effect:
-    """When an option has an effect.
+    """When options have an effect.
 
     Args:
-        options: The options.
-        holds: Says so from all options.
-        needs: What they need, in words.
+        options: Their names.
+        holds: Says from all options whether they have.
+        otherwise: What is the matter where they haven't, after `"… has no effect"`.
     """
 
     options: tuple[str, ...]
     holds: Callable[[ModelArguments, DataArguments, DiffCLIPTrainingArguments], bool]
-    needs: str
+    otherwise: str
 
 
 def _any_shards(data_args: DataArguments) -> bool:
@@ -257,49 +258,65 @@ def _any_tables(data_args: DataArguments) -> bool:
 
 
 EFFECTS = (
-    _Effect(("tokenizer",), lambda model, data, args: model.model_config is not None, "model_config"),
-    _Effect(("lora_alpha", "lora_dropout"), lambda model, data, args: model.lora_rank > 0, "lora_rank"),
-    _Effect(("linear_probe",), lambda model, data, args: model.task == CLASSIFICATION, f"task={CLASSIFICATION!r}"),
+    _Effect(("tokenizer",), lambda model, data, args: model.model_config is not None, "without model_config"),
+    _Effect(("lora_alpha", "lora_dropout"), lambda model, data, args: model.lora_rank > 0, "without lora_rank"),
+    _Effect(
+        ("linear_probe",), lambda model, data, args: model.task == CLASSIFICATION, f"without task={CLASSIFICATION!r}"
+    ),
     _Effect(
         ("caption_column", "pad_to_max_length", "contrastive_chunk_size", "zero_shot_data"),
         lambda model, data, args: model.task == CONTRASTIVE,
-        f"task={CONTRASTIVE!r}",
+        f"without task={CONTRASTIVE!r}",
     ),
     _Effect(
         ("zero_shot_split", "zero_shot_templates"),
         lambda model, data, args: data.zero_shot_data is not None,
-        "zero_shot_data",
+        "without zero_shot_data",
     ),
+    _Effect(("eval_split",), lambda model, data, args: data.eval_data is not None, "without eval_data"),
     _Effect(
-        ("train_split",), lambda model, data, args: not names_shards(data.train_data or ""), "data of several parts"
+        ("train_split",),
+        lambda model, data, args: not names_shards(data.train_data or ""),
+        "on tar shards, of one part",
     ),
-    _Effect(("eval_split",), lambda model, data, args: data.eval_data is not None, "eval_data"),
     _Effect(
         ("label_column",),
         lambda model, data, args: model.task == CLASSIFICATION or data.zero_shot_data is not None,
-        f"task={CLASSIFICATION!r} or zero_shot_data",
+        f"without task={CLASSIFICATION!r} or zero_shot_data",
     ),
-    _Effect(("image_column", "caption_column"), lambda model, data, args: _any_tables(data), "data with columns"),
-    _Effect(("shuffle_buffer", "max_broken_share"), lambda model, data, args: _any_shards(data), "tar shards"),
+    _Effect(
+        ("image_column", "caption_column"),
+        lambda model, data, args: _any_tables(data),
+        "on tar shards, without columns",
+    ),
+    _Effect(("shuffle_buffer", "max_broken_share"), lambda model, data, args: _any_shards(data), "without tar shards"),
     _Effect(
         ("per_device_train_batch_size",),
         lambda model, data, args: data.global_batch_size is None,
-        "global_batch_size left out, of which it is a part",
+        "beside global_batch_size, of which it is a part",
     ),
     _Effect(
-        ("logging_steps",), lambda model, data, args: args.logging_strategy == "steps", "logging_strategy='steps'"
+        ("logging_steps",),
+        lambda model, data, args: args.logging_strategy == "steps",
+        "without logging_strategy='steps'",
     ),
-    _Effect(("save_steps",), lambda model, data, args: args.save_strategy == "steps", "save_strategy='steps'"),
-    _Effect(("eval_steps",), lambda model, data, args: args.eval_strategy == "steps", "eval_strategy='steps'"),
+    _Effect(("save_steps",), lambda model, data, args: args.save_strategy == "steps", "without save_strategy='steps'"),
+    _Effect(("eval_steps",), lambda model, data, args: args.eval_strategy == "steps", "without eval_strategy='steps'"),
     _Effect(
         ("hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push"),
         lambda model, data, args: args.push_to_hub,
-        "push_to_hub",
+        "without push_to_hub",
+    ),
+    _Effect(("fsdp_config",), lambda model, data, args: bool(args.fsdp), "without fsdp"),
+    _Effect(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        lambda model, data, args: bool(args.gradient_checkpointing),
+        "without gradient_checkpointing",
     ),
     _Effect(
         ("do_train", "do_eval", "do_predict"),
         lambda model, data, args: False,
-        "nothing: train_data is trained on, and eval_data evaluated",
+        "here: train_data is trained on, and eval_data evaluated",
     ),
 )
 
@@ -308,11 +325,11 @@ def _check_effects(
     model_args: ModelArguments, data_args: DataArguments, training_args: DiffCLIPTrainingArguments, given: set[str]
 ) -> None:
     """Raise a ValueError for an option that was given and would have no effect; false and null ask for none."""
-    values = {**vars(model_args), **vars(data_args), **vars(training_args)}
+    values: dict[str, Any] = {**vars(model_args), **vars(data_args), **vars(training_args)}
     for effect in EFFECTS:
         useless = [name for name in effect.options if name in given and values[name] not in (None, False)]
         if useless and not effect.holds(model_args, data_args, training_args):
-            raise ValueError(f"{useless[0]} is given, but has an effect only with {effect.needs}.")
+            raise ValueError(f"{useless[0]} is given, but has no effect {effect.otherwise}.")
 
 
 def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: DiffCLIPTrainingArguments) -> None:
@@ -337,12 +354,18 @@ def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: D
         raise ValueError(f"max_steps is {args.max_steps}; it must be at least 1, or -1 to go by num_train_epochs.")
     if not (args.num_train_epochs > 0 and math.isfinite(args.num_train_epochs)):
         raise ValueError(f"num_train_epochs is {args.num_train_epochs}; it must be more than 0.")
+    if any("=" not in part for part in (args.optim_args or "=").split(",")):
+        raise ValueError(f"optim_args is {args.optim_args!r}; it must be like 'name=value,name=value'.")
     if len(data_args.crop_scale) != 2:
         raise ValueError(f"crop_scale is {data_args.crop_scale}; it must be two numbers, the least and the largest.")
 
 
 def _check_scheduler(args: DiffCLIPTrainingArguments) -> None:
     """Raise a ValueError where the schedule of the learning rate can't be built."""
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        value = getattr(args, name, None)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r}; it must hold fields by name, as in {{...}}.")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs or {}))
@@ -401,6 +424,8 @@ def _check(
         raise ValueError(
             f"eval_strategy is {training_args.eval_strategy.value!r}; it needs eval_data or zero_shot_data."
         )
+    if training_args.fp16 and training_args.device.type == "cpu":
+        raise ValueError("fp16 is True, which needs a GPU; bf16 works on a CPU too.")
     _check_scheduler(training_args)
     _check_best_metric(model_args, data_args, training_args)
     _check_reports(training_args)
