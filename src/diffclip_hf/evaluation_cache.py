@@ -22,7 +22,7 @@ DEFAULT_FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "embeddings"
 
 
 def _checksum(embeds: torch.Tensor) -> str:
-    return hashlib.sha256(embeds.numpy()).hexdigest()
+    return hashlib.sha256(embeds.contiguous().numpy().data).hexdigest()
 
 
 class EmbeddingCache:

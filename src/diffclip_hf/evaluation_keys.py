@@ -68,7 +68,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
     # numpy has no bfloat16.
-    digest.update(plain.view(torch.uint8).numpy())
+    digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -273,7 +273,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "precision": [
             torch.get_float32_matmul_precision(),
             torch.backends.cuda.matmul.fp32_precision,
-            torch.backends.cudnn.conv.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
             str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
         ],
         "versions": _versions(),
