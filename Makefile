@@ -4,15 +4,24 @@ VENV := .venv
 OLDEST := .venv-oldest
 IMAGE ?=
 LABELS ?=
+# Processes that run tests side by side, each in one thread.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types docs pytest pytest-oldest embedded clean
+.PHONY: demo test test-all test-rest lint types docs pytest pytest-slow pytest-oldest embedded clean
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python embedded/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(LABELS),--labels "$(LABELS)")
 
-test: lint types docs pytest pytest-oldest
+# What a commit is tested with.
+test: lint types docs pytest
+
+test-all: test test-rest
+
+# What `make test` leaves out.
+test-rest: pytest-slow pytest-oldest
 
 lint: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check .
@@ -26,11 +35,15 @@ docs: $(VENV)/.dev-ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 pytest: $(VENV)/.dev-ready
-	$(VENV)/bin/python -m pytest --cov --cov-report=term
+	$(VENV)/bin/python $(PYTEST) --cov --cov-report=term
+
+# The web demo's page is tested where Debian's chromium and chromium-driver are installed.
+pytest-slow: $(VENV)/.dev-ready
+	$(VENV)/bin/python $(PYTEST) -m slow
 
 # The lower bounds of transformers and torch, without torchvision and Gradio.
 pytest-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(PYTEST)
 
 # Trains the embedded model anew and measures it on the held-out vendor; about an hour on two cores.
 embedded: $(VENV)/.dev-ready

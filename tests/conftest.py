@@ -1,10 +1,25 @@
-"""What has to be settled before any test is imported."""
+"""What has to be settled before any test is imported, and what many files share."""
 
 import os
 
-import torch
+import pytest
+
+
+# One thread a process: the models are so small that more only wait for each other, and pytest-xdist has a process on
+# every core. What a library reads while it is imported has to be here before torch is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from warm_python import WarmPython  # noqa: E402
 
 
 # Triton decides when kernels are defined whether its interpreter runs them, on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Python whose processes start at once; see WarmPython."""
+    with WarmPython() as python:
+        yield python

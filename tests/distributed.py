@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 
-TIMEOUT = 300  # seconds, after which processes that wait for each other are ended
+TIMEOUT = 3600  # seconds, after which processes that wait for each other for ever are ended
 # Imported once, for all processes that are forked from there.
 multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "diffclip_hf.trainer"])
 
