@@ -9,8 +9,8 @@ import pytest
 # every core. What a library reads while it is imported has to be here before torch is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-from warm_python import WarmPython  # noqa: E402
+import torch
+from warm_python import WarmPython
 
 
 # Triton decides when kernels are defined whether its interpreter runs them, on the CPU.

@@ -105,29 +105,30 @@ def _run(request: dict[str, Any], files: tuple[IO[bytes], IO[bytes]]) -> int:
     return 0
 
 
-def _contents(file: IO[bytes]) -> str:
-    with file:
-        file.seek(0)
-        return file.read().decode(errors="replace")
-
-
-def _serve() -> None:
-    """Fork for every line of stdin, and answer each with the exit status and what was printed."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    gc.freeze()  # or a fork's first collection would copy all of it
-    while line := sys.stdin.readline():
-        files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+def _fork(line: str) -> tuple[int, str, str]:
+    """Run a request in a fork; return its exit status and what it printed to stdout and stderr."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = os.fork()
         if child == 0:
-            status = _run(json.loads(line), files)
+            status = _run(json.loads(line), (stdout, stderr))
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
             # Python's own end would take apart everything that was imported, which takes over a second.
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        answers.write(json.dumps([status, *map(_contents, files)]) + "\n")
+        for file in (stdout, stderr):
+            file.seek(0)
+        return status, stdout.read().decode(errors="replace"), stderr.read().decode(errors="replace")
+
+
+def _serve() -> None:
+    """Answer every line of stdin."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    gc.freeze()  # or a fork's first collection would copy all of it
+    while line := sys.stdin.readline():
+        answers.write(json.dumps(_fork(line)) + "\n")
         answers.flush()
 
 
