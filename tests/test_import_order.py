@@ -98,7 +98,7 @@ ARROWS = {
     "loading": {"commands"},
     "options": {"commands", "loading"},
     "training_counts": set(),
-    "training_data": {"image_reading", "label_names", "training_counts", "training_shards"},
+    "training_data": {"loading", "image_reading", "label_names", "training_counts", "training_shards"},
     "training_shards": {"training_counts"},
     "retrieval_metrics": set(),
     "checkpoints": set(),

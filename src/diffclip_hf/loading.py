@@ -130,7 +130,9 @@ def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = N
     if is_local(text, needs_owner=kind == "model"):
         owner = " An id on the Hub has an owner and a name, with one slash." if "/" not in text else ""
         raise ValueError(_not_there(path) + owner)
-    if "/" in text and path.parent.is_dir() and not _is_cached(text, kind, cache_dir):
+    # An old data set's id has no owner, so that only a name that is spelt alike tells a path.
+    is_near = path.parent.is_dir() if "/" in text else not closest(text, os.listdir()).startswith(".")
+    if is_near and not _is_cached(text, kind, cache_dir):
         raise ValueError(
             f"{_not_there(path)} To load {text} from the Hub, start from where there is no folder {path.parent}."
         )

@@ -19,6 +19,7 @@ from transformers import ProcessorMixin
 
 from .image_reading import open_image, orientation, read_encoded, to_rgb
 from .label_names import name_labels, own_labels, renumbered, wrong_labels
+from .loading import find_source
 from .training_counts import SkipCounts, non_empty_captions
 from .training_shards import ImageTextShards, expand_braces, names_shards
 
@@ -52,6 +53,10 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
     """Read a map-style data set of the `datasets` library, whichever way it is stored."""
     import datasets
 
+    if not source.endswith(".parquet"):
+        source = find_source(source, kind="dataset")
+        if os.path.isfile(source):
+            raise ValueError(f"{source} is a file, and no Parquet file or tar shard; name a folder or a data set.")
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         if load_options:
             raise ValueError(f"{', '.join(load_options)} can't be used with {source!r}, a folder of save_to_disk.")
