@@ -1,5 +1,9 @@
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +12,7 @@ from tokenizer_helper import tiny_clip_tokenizer
 from transformers import AutoProcessor, CLIPTokenizer, pipeline
 
 from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPProcessor
-from diffclip_hf.processing_diffclip import DiffCLIPTokenizer
+from diffclip_hf.processing_diffclip import DiffCLIPTokenizer, check_text
 
 
 START, END = 512, 513
@@ -88,6 +92,104 @@ def test_a_tokenizer_without_a_limit_gets_clips():
     assert DiffCLIPProcessor(DiffCLIPImageProcessorPil(), endless).tokenizer.model_max_length == 77
     assert DiffCLIPTokenizer().model_max_length == 77
     assert tiny_processor(model_max_length=16).tokenizer.model_max_length == 16
+
+
+OPTIONS = [
+    {"padding": padding, "truncation": truncation, "max_length": length, "add_special_tokens": special, **others}
+    for padding, truncation, length, special, others in product(
+        (False, True, "max_length"),
+        (False, True),
+        (None, 5, 100),
+        (True, False),
+        ({}, {"padding_side": "left", "return_attention_mask": False}),
+    )
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", ["ab", "", [LONG, "b", ""], "a b " * 40, "\U0001f600 <|endoftext|>"], ids=repr)
+def test_the_tokenizer_gives_what_clips_gives(text, side):
+    clip, ours = (tiny_clip_tokenizer(one, truncation_side=side) for one in TOKENIZERS)
+    for options in OPTIONS:
+        expected, actual = clip(text, verbose=False, **options), ours(text, verbose=False, **options)
+        assert actual.data == expected.data
+        for one, other in zip(actual.encodings, expected.encodings, strict=True):
+            assert (one.tokens, one.offsets, one.word_ids) == (other.tokens, other.offsets, other.word_ids)
+            assert one.special_tokens_mask == other.special_tokens_mask
+    padded = {"padding": True, "truncation": True, "return_tensors": "pt", "pad_to_multiple_of": 7}
+    assert torch.equal(ours(text, **padded)["input_ids"], clip(text, **padded)["input_ids"])
+    with pytest.raises(ValueError, match="max_length is 1; it must be at least 2"):
+        ours(text, truncation=True, max_length=1)
+
+
+@pytest.mark.parametrize("tokenizer_class", TOKENIZERS)
+def test_threads_share_a_processor(tokenizer_class):
+    processor = tiny_processor(tokenizer_class)
+    texts = [["b", LONG], ["a"], ["ab " * 60]]
+    calls = [
+        (text, options)
+        for text in texts
+        for options in ({}, {"truncation": False}, {"padding": "max_length"}, {"padding": False, "max_length": 9})
+    ]
+    # What CLIP's tokenizer says when it is asked one at a time; cut at 77 and padded unless told otherwise.
+    clip = tiny_clip_tokenizer()
+    expected = [clip(text, **{"padding": True, "truncation": True, **options})["input_ids"] for text, options in calls]
+    backend = processor.tokenizer.backend_tokenizer
+    seen = []
+
+    def call(index):
+        text, options = calls[index % len(calls)]
+        inputs = processor(text=text, **options)
+        seen.append((backend.truncation, backend.padding))
+        return inputs["input_ids"] == expected[index % len(calls)]
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(16) as pool:
+        warnings.simplefilter("ignore")
+        assert all(pool.map(call, range(600)))
+    assert set(seen) == {(None, None)}
+
+
+def test_settings_in_a_tokenizers_file_are_not_the_calls(tmp_path):
+    clip = tiny_clip_tokenizer()
+    clip.backend_tokenizer.enable_truncation(3)
+    clip.backend_tokenizer.enable_padding(length=50)
+    clip.save_pretrained(tmp_path)
+    tokenizer = DiffCLIPTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert [len(ids) for ids in tokenizer(["a b", "a"])["input_ids"]] == [4, 3]
+
+
+HALF_AN_EMOJI = "a pizza \ud83c"
+
+
+@pytest.mark.parametrize("tokenizer_class", TOKENIZERS)
+def test_texts_with_half_a_character_are_named(tokenizer_class):
+    processor = tiny_processor(tokenizer_class)
+    for text in (HALF_AN_EMOJI, ["a", HALF_AN_EMOJI]):
+        with pytest.raises(ValueError, match=r"The text 'a pizza \\ud83c' has half a character at place 8"):
+            processor(text=text)
+    with pytest.raises(ValueError, match="half a character"):
+        tiny_clip_tokenizer(DiffCLIPTokenizer)([["a", HALF_AN_EMOJI]], is_split_into_words=True)
+    check_text("a pizza \U0001f355")
+    check_text(HALF_AN_EMOJI.encode(errors="replace").decode())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"images": "a photo of a dog"}, r"no file 'a photo of a dog'.* A text is passed as text="),
+        ({"images": "a dog", "text": Image.new("RGB", (9, 9))}, "text is of type Image; pass images as images="),
+        ({"text": torch.zeros(3, 9, 9)}, "text is of type Tensor; pass images as images="),
+        ({"text": ["a", None]}, "A text is of type NoneType; it must be a string"),
+        ({"text": [5]}, "A text is of type int"),
+        ({"images": torch.full((3, 9, 9), -1.5)}, "already normalised go to the model as pixel_values="),
+        ({"images": [np.zeros((9, 9, 3), np.uint8), "nowhere.png"]}, "no file 'nowhere.png'"),
+    ],
+)
+def test_what_is_mixed_up_gets_one_line(inputs, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        tiny_processor()(**inputs)
+    assert "\n" not in str(raised.value)
 
 
 def test_both_parts_are_needed():

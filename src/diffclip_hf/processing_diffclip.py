@@ -103,9 +103,11 @@ def _encode(
     texts = [text] if isinstance(text, str) else list(text)
     encodings = tokenizer(texts, add_special_tokens=False, verbose=False).encodings
     if cut != TruncationStrategy.DO_NOT_TRUNCATE:
-        room = limit - (tokenizer.num_special_tokens_to_add() if add_special_tokens else 0)
+        added = tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
+        if limit < added:
+            raise ValueError(f"max_length is {limit}; it must be at least {added}, for the tokens of start and end.")
         for encoding in encodings:
-            encoding.truncate(room, direction=tokenizer.truncation_side)
+            encoding.truncate(limit - added, direction=tokenizer.truncation_side)
     encodings = [tokenizer.backend_tokenizer.post_process(single, None, add_special_tokens) for single in encodings]
     if pad != PaddingStrategy.DO_NOT_PAD:
         length = limit if pad == PaddingStrategy.MAX_LENGTH else max(map(len, encodings))
