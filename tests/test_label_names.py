@@ -6,9 +6,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from training_samples import encoded, picture
+import torch
+from tiny import randomised
+from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 
+from diffclip_hf import DiffCLIPForImageClassification
 from diffclip_hf.label_names import label_numbers, match_labels, name_labels, read_label_names
+from diffclip_hf.train import DataArguments, ModelArguments, classification_parts
+from diffclip_hf.trainer import DiffCLIPTrainingArguments
 from diffclip_hf.training_data import load_image_label_dataset
 
 
@@ -138,3 +143,38 @@ def test_strings_that_say_nothing_are_no_labels(tmp_path):
     dataset.to_parquet(tmp_path / "t.parquet")
     found, names = load_image_label_dataset(str(tmp_path / "t.parquet"))
     assert (names, found["label"][:]) == (["a", "b"], [1, -1, -1, 0])
+
+
+def labelled_folder(folder: Path, names: str) -> str:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").write_bytes(encoded(picture(ord(name)), "PNG"))
+    return str(folder)
+
+
+def test_a_classifier_keeps_its_labels_when_it_is_trained_further(tmp_path):
+    """The saved classifier has c before a; the data set is in alphabetical order, and that to evaluate on lacks a."""
+    names = ["c", "a", "b"]
+    config = tiny_pair_model().config
+    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    model = randomised(DiffCLIPForImageClassification(config))
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+
+    def parts(data: str, eval_data: str | None = None):
+        model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"), task="image-classification")
+        data_args = DataArguments(train_data=data, eval_data=eval_data, eval_split="train")
+        return classification_parts(model_args, data_args, DiffCLIPTrainingArguments(output_dir=str(tmp_path / "out")))
+
+    found = parts(labelled_folder(tmp_path / "abc", "abc"), labelled_folder(tmp_path / "bc", "bc"))
+    assert list(found.model.config.id2label.values()) == names
+    assert torch.equal(found.model.classifier.weight, model.classifier.weight)
+    assert sorted(found.train_dataset["label"]) == [0, 1, 2]
+    for dataset in (found.train_dataset, found.eval_dataset):
+        for row in dataset:
+            assert Path(row["image"]["path"]).parent.name == names[row["label"]]
+    other = parts(labelled_folder(tmp_path / "xyz", "xyz"))
+    assert list(other.model.config.id2label.values()) == ["x", "y", "z"]
+    assert not torch.allclose(other.model.classifier.weight, model.classifier.weight)
+    with pytest.raises(ValueError, match="eval_data has 3 labels that train_data lacks: x, y, z"):
+        parts(str(tmp_path / "abc"), str(tmp_path / "xyz"))

@@ -99,6 +99,14 @@ def build_processor(config: DiffCLIPConfig, tokenizer: str) -> DiffCLIPProcessor
     return DiffCLIPProcessor(image_processor, loaded)
 
 
+def classifier_labels(name: str) -> list[str] | None:
+    """Return the labels that a saved classifier tells apart, in its order; None of other models."""
+    config = load_config(name, DiffCLIPConfig)
+    if DiffCLIPForImageClassification.__name__ not in (config.architectures or []):
+        return None
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
 def build_model(args: ModelArguments, labels: Sequence[str] | None) -> tuple[nn.Module, DiffCLIPProcessor]:
     """Return the model in float32, a classifier of `labels` if they are given, and its processor."""
     cls: Any = DiffCLIPModel if labels is None else DiffCLIPForImageClassification
@@ -112,6 +120,12 @@ def build_model(args: ModelArguments, labels: Sequence[str] | None) -> tuple[nn.
         new = () if labels is None else NEW_WEIGHTS
         # Float32 whatever the folder has: small updates are lost in half precision.
         model = load_model(name, cls, new=new, dtype=torch.float32, **names, **options)
+        if labels is not None and (known := classifier_labels(name)) not in (None, list(labels)):
+            logger.info("The classifier of %s is of other labels (%s, …) and starts anew.", name, known[0])
+            for parameter in model.classifier.parameters():
+                # Transformers leaves alone what was loaded.
+                parameter._is_hf_initialized = False
+            model._init_weights(model.classifier)
     else:
         config = build_config(args.model_config or "")
         processor = build_processor(config, args.tokenizer)
@@ -226,6 +240,11 @@ def classification_parts(
     columns = {"image_column": data_args.image_column, "label_column": data_args.label_column}
     assert data_args.train_data is not None
     train_dataset, labels = load_image_label_dataset(data_args.train_data, split=data_args.train_split, **columns)
+    known = None if model_args.model_name_or_path is None else classifier_labels(model_args.model_name_or_path)
+    if known is not None and set(known) == set(labels):
+        # Each label keeps what the classifier has learned of it.
+        train_dataset = renumbered(train_dataset, match_labels(labels, known, "train_data", "the model"))
+        labels = known
     eval_dataset = None
     if data_args.eval_data is not None:
         eval_dataset, eval_labels = load_image_label_dataset(
