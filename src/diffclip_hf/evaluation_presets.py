@@ -146,7 +146,7 @@ def find_dataset(name: str, task: str, changes: Mapping[str, Any]) -> DatasetSpe
             f"{', '.join(preset_names())}{closest(name, preset_names())}"
         )
     else:
-        source = name if local_files(name) else find_source(name, repo_type="dataset")
+        source = name if local_files(name) else find_source(name, kind="dataset")
         templates = MMVP_TEMPLATES if task == "mmvp" else DEFAULT_TEMPLATES
         spec = DatasetSpec(name=Path(name).name, source=source, templates=templates)
     return dataclasses.replace(spec, **{key: value for key, value in changes.items() if value is not None})
