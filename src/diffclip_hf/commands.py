@@ -1,10 +1,13 @@
-"""What the package's commands share: expected errors are one line on the log, and missing extras are named."""
+"""What the package's commands share: mistakes are one line, and missing extras are named."""
 
+import argparse
+import difflib
 import importlib.util
 import logging
+import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +31,24 @@ def one_line(error: BaseException, longest: int = 1000) -> str:
     """Return an error's message in one line, of at most so many characters; its type where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return `"; did you mean …?"` with those of the words that are spelt like one, or `"."` where none is."""
+    found = difflib.get_close_matches(word, list(words), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else "."
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command line's parser whose errors are one line, with what is spelt alike; it takes no abbreviated options."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        hint = closest(unknown[1], set(re.findall(r"--[\w-]+", self.format_help()))) if unknown else "."
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}{hint} See --help.\n")
 
 
 def run_command(work: Callable[[], object], log: logging.Logger = logger) -> int:
@@ -80,4 +101,4 @@ def stop_without_extra(error: ModuleNotFoundError, extra: str, module: str) -> N
     raise ImportError(message, name=error.name) from error
 
 
-__all__ = ["EXPECTED", "missing_extra", "one_line", "require_extra", "run_command", "stop_without_extra"]
+__all__ = ["EXPECTED", "CommandParser", "closest", "missing_extra", "one_line", "require_extra", "run_command", "stop_without_extra"]

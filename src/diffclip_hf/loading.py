@@ -4,7 +4,7 @@ Transformers goes on where a part is missing: weights that a file lacks start at
 vocabulary has two tokens. The commands load by these functions, which refuse both before any work.
 """
 
-import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from .commands import one_line, require_extra
+from .commands import closest, one_line, require_extra
 
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,6 @@ _LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, Saf
 
 
 # Names --------------------------------------------------------------------------------------------------------------
-
-
-def closest(word: str, words: Iterable[str]) -> str:
-    """Return `"; did you mean …?"` with those of the words that are spelt like one, or `"."` where none is."""
-    found = difflib.get_close_matches(word, list(words), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(found)}?" if found else "."
 
 
 def _not_there(path: Path) -> str:
@@ -96,17 +90,17 @@ def _refuse_address(name: str) -> None:
         raise ValueError(f"{name!r} is an address; name a folder or an id on the Hub{hint}.")
 
 
-def _is_cached(name: str, kind: str, cache_dir: str | os.PathLike | None) -> bool:
+def _is_cached(name: str, repo_type: str, cache_dir: str | os.PathLike | None) -> bool:
     """Say whether a cache of the Hub's has a repository."""
-    places = [Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))]
-    if kind == "dataset":
+    places = [Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type))]
+    if repo_type == "dataset" and importlib.util.find_spec("datasets") is not None:
         import datasets
 
         places.append(Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")))
     return any(place.is_dir() for place in places)
 
 
-def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None, kind: str = "model") -> str:
+def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = None, repo_type: str = "model") -> str:
     """Return the folder or the Hub's id that a name stands for, with `~` written out; the Hub isn't asked.
 
     A name that looks like a path, or whose first part is a folder here, is a path, unless the Hub's cache has a
@@ -115,24 +109,24 @@ def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = N
     Args:
         name: A path or an id.
         cache_dir: The Hub's cache, by default the client's own.
-        kind: `"model"` or `"dataset"`.
+        repo_type: `"model"` or `"dataset"`.
 
     Raises:
         ValueError: It's a path that isn't there, or an address.
     """
     text = os.fspath(name)
     if not text.strip():
-        raise ValueError(f"A {kind}'s name is empty; name a folder or an id on the Hub.")
+        raise ValueError(f"A {repo_type}'s name is empty; name a folder or an id on the Hub.")
     _refuse_address(text)
     path = Path(text).expanduser()
     if path.exists():
         return str(path)
-    if is_local(text, needs_owner=kind == "model"):
+    if is_local(text, needs_owner=repo_type == "model"):
         owner = " An id on the Hub has an owner and a name, with one slash." if "/" not in text else ""
         raise ValueError(_not_there(path) + owner)
     # An old data set's id has no owner, so that only a name that is spelt alike tells a path.
     is_near = path.parent.is_dir() if "/" in text else not closest(text, os.listdir()).startswith(".")
-    if is_near and not _is_cached(text, kind, cache_dir):
+    if is_near and not _is_cached(text, repo_type, cache_dir):
         raise ValueError(
             f"{_not_there(path)} To load {text} from the Hub, start from where there is no folder {path.parent}."
         )
@@ -434,7 +428,6 @@ __all__ = [
     "check_device",
     "check_path",
     "check_tokenizer",
-    "closest",
     "find_source",
     "is_local",
     "load_config",

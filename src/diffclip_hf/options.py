@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .commands import one_line
-from .loading import closest
+from .commands import closest
 
 
 KIND_NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a text", "texts")}

@@ -54,7 +54,7 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
     import datasets
 
     if not source.endswith(".parquet"):
-        source = find_source(source, kind="dataset")
+        source = find_source(source, repo_type="dataset")
         if os.path.isfile(source):
             raise ValueError(f"{source} is a file, and no Parquet file or tar shard; name a folder or a data set.")
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
