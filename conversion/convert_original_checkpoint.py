@@ -40,6 +40,7 @@ from diffclip_hf import (
     DiffCLIPTokenizer,
     add_remote_code,
 )
+from diffclip_hf.commands import CommandParser
 from diffclip_hf.hub_cache_diffclip import sha256_of
 from diffclip_hf.whole_files import check_output_folder, written_whole
 
@@ -392,7 +393,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="FILE.pt", help="a checkpoint on this machine")
     source.add_argument("--repo-id", metavar="OWNER/NAME", help="a repository of the Hub that holds a checkpoint")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
+from diffclip_hf.commands import CommandParser
 from diffclip_hf.whole_files import write_whole
 
 
@@ -146,7 +147,7 @@ def convert(folder: Path, output: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", help="a saved DiffCLIPModel: config.json and model.safetensors")
     parser.add_argument("output", metavar="FILE.pt", help="a file that is new, or empty")
     return parser.parse_args(argv)

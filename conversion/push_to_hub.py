@@ -23,6 +23,7 @@ from parity_gate import MAX_ERROR
 from safetensors import SafetensorError, safe_open
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, add_remote_code
+from diffclip_hf.commands import CommandParser
 from diffclip_hf.hub_cache_diffclip import sha256_of
 from diffclip_hf.remote_code import CODE_FILES, WEIGHTS, files_to_share
 
@@ -255,7 +256,7 @@ def reason_of(error: BaseException) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", help="what convert_original_checkpoint.py or save_pretrained wrote")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if it isn't there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

@@ -101,4 +101,13 @@ def stop_without_extra(error: ModuleNotFoundError, extra: str, module: str) -> N
     raise ImportError(message, name=error.name) from error
 
 
-__all__ = ["EXPECTED", "CommandParser", "closest", "missing_extra", "one_line", "require_extra", "run_command", "stop_without_extra"]
+__all__ = [
+    "EXPECTED",
+    "CommandParser",
+    "closest",
+    "missing_extra",
+    "one_line",
+    "require_extra",
+    "run_command",
+    "stop_without_extra",
+]

@@ -32,7 +32,7 @@ import torch
 from huggingface_hub import metadata_load
 
 # By the package's name rather than relatively, since as a Space's `app.py` this file lies outside the package.
-from diffclip_hf.commands import require_extra, run_command, stop_without_extra
+from diffclip_hf.commands import CommandParser, require_extra, run_command, stop_without_extra
 
 
 try:
@@ -283,7 +283,7 @@ def named_models(names: Sequence[str]) -> dict[str, str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m diffclip_hf.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="a folder or an id on the Hub")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .commands import run_command
+from .commands import CommandParser, run_command
 from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache
 from .evaluation_model import Encoder, check_batches
 from .evaluation_presets import (
@@ -117,7 +117,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m diffclip_hf.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from .commands import closest
 from .label_names import read_label_names
-from .loading import closest, find_source
+from .loading import find_source
 from .training_shards import expand_braces
 from .zero_shot import label_texts
 from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from .commands import require_extra, run_command
+from .commands import CommandParser, require_extra, run_command
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .loading import check_tokenizer, load_tokenizer
 from .loading import load_model as load_whole_model
@@ -492,7 +492,7 @@ def export_onnx(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m diffclip_hf.export_onnx",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
