@@ -1,5 +1,6 @@
 """The evaluation command and its tasks, against the models, scikit-learn and plain loops on the same pictures."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +36,7 @@ from transformers import (
 
 from diffclip_hf.evaluate import main
 from diffclip_hf.evaluation_cache import EmbeddingCache
-from diffclip_hf.evaluation_data import load_captioned, load_labelled, load_pairs
+from diffclip_hf.evaluation_data import load_captioned, load_labelled, load_pairs, with_names
 from diffclip_hf.evaluation_keys import model_fingerprint
 from diffclip_hf.evaluation_model import Encoder
 from diffclip_hf.evaluation_presets import DatasetSpec
@@ -381,6 +384,45 @@ def test_labels_numbered_differently_in_two_parts(tmp_path):
         )
 
 
+@pytest.mark.parametrize("task", ["zero-shot", "retrieval", "linear-probe", "few-shot", "mmvp"])
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "has no image; 2 of 8 rows are like it"),
+        ({"bytes": None, "path": None}, "has no image; 2 of 8 rows are like it"),
+        ({"bytes": None, "path": "/nowhere/a.png"}, "has the image /nowhere/a.png, which isn't there"),
+    ],
+)
+def test_rows_without_an_image_are_named_in_every_task(task, image, message, tmp_path):
+    images = image_column([picture(number) for number in range(8)])
+    images[3], images[6] = image, image
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"text": [f"text {number}" for number in range(8)], "label": ["x", "y"] * 4}
+    pq.write_table(pa.table({"image": pa.array(images, kind), **columns}), tmp_path / "rows.parquet")
+    encoder = Encoder(*diffclip())
+    encoder.model.forward = lambda *_: pytest.fail("nothing is encoded")
+    with pytest.raises(ValueError, match=f"rows.parquet: row 3 of the split (test|train) {message}"):
+        RUN_TASK[task](encoder, DatasetSpec("rows.parquet", str(tmp_path / "rows.parquet")), TaskOptions())
+
+
+def test_splits_of_folders_that_were_numbered_apart(tmp_path):
+    """Twelve classes to learn from, of which the test part lacks two; names given by number change nothing."""
+    for split, numbers in (("train", range(12)), ("test", [0, 1, 3, 4, 5, 6, 7, 8, 9, 11])):
+        for number in numbers:
+            (tmp_path / split / str(number)).mkdir(parents=True)
+            picture(number).save(tmp_path / split / str(number) / "a.png")
+    spec = DatasetSpec("folders", str(tmp_path))
+    train = load_labelled(spec, "train", own_names=True)
+    test = with_names(load_labelled(spec, "test", own_names=True), train.names)
+    for part in (train, test):
+        folders = [Path(row["image"]["path"]).parent.name for row in part.dataset]
+        assert [part.names[label] for label in part.labels.tolist()] == folders
+    named = load_labelled(dataclasses.replace(spec, class_names=tuple(f"name {n}" for n in range(12))), "test")
+    folders = [Path(row["image"]["path"]).parent.name for row in named.dataset]
+    assert [named.names[label] for label in named.labels.tolist()] == [f"name {folder}" for folder in folders]
+    assert len(named.names) == 12
+
+
 def test_a_damaged_picture_stops_the_measurement(tmp_path):
     columns = {"image": [*image_column([picture(0)]), {"bytes": b"not a picture", "path": "b.png"}], "label": [0, 0]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})
@@ -571,12 +613,60 @@ def test_the_command_on_several_data_sets(name, saved, labelled, tmp_path, capsy
     assert json.loads(output.read_text())["results"] == report["results"]
 
 
+def test_an_error_leaves_what_was_measured_before_it(saved, labelled, tmp_path, capsys, caplog):
+    columns = {"image": [*image_column([picture(0)]), {"bytes": b"", "path": "b.png"}], "label": [0, 0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "bad"))
+    output = tmp_path / "report.json"
+    arguments = [saved["diffclip"], "--task", "zero-shot", "--dataset", labelled, str(tmp_path / "bad")]
+    assert main([*arguments, "--no-cache", "--output", str(output)]) == 1
+    assert "| animals | accuracy | 27 |" in capsys.readouterr().out
+    assert [result["dataset"] for result in json.loads(output.read_text())["results"]] == ["animals"]
+    assert "Image 1 of the split test (b.png) can't be read" in caplog.text
+
+
+def test_a_full_disk_leaves_the_table(saved, labelled, tmp_path, capsys, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffclip_hf.evaluate.write_text_whole", full)
+    arguments = [saved["diffclip"], "--task", "zero-shot", "--dataset", labelled, "--no-cache"]
+    assert main([*arguments, "--output", str(tmp_path / "report.json")]) == 1
+    assert "| animals | accuracy | 27 |" in capsys.readouterr().out
+    assert "The results above can't be written" in caplog.text
+    assert "No space left on device" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "imagenett"], "it must be a folder, a file"),
-        (["--dataset", "flickr8k"], "is for retrieval, not for zero-shot"),
         (["--templates", "a photo"], "each must be a string with {}"),
+        (["--shots", "3", "--features", "pooled"], "--features, --shots can't be used with --task zero-shot"),
+        (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--num-workers", "-1"], "num_workers is -1; it must be at least 0"),
+        (["--output", "."], ". exists and is no file that can be replaced"),
+        (["--output", "/dev/null/report.json"], "/dev/null/report.json can't be written"),
+        (["--cache-dir", "/dev/null/cache"], "Embeddings can't be kept: /dev/null/cache/trial.safetensors"),
+        (["--device", "cuda:99"], "The device 'cuda:99' can't be used"),
+        (["--dataset", "./picturs"], "There is no picturs"),
+        (["--dataset", "tests/nowhere"], "There is no tests/nowhere"),
+        (["--dataset", "nowhere/*.parquet"], "There is no file nowhere/*.parquet"),
+        (["--class-names", "nowhere.txt"], "The names in nowhere.txt can't be read"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(arguments, message, labelled, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("diffclip_hf.evaluation_model.load_model", lambda *_, **__: pytest.fail("it is loaded"))
+    common = ["model", "--task", "zero-shot", "--dataset", labelled, "--cache-dir", str(tmp_path)]
+    assert main([*common, *arguments]) == 1
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "imagenett"], "the presets aircraft"),
+        (["--dataset", "flickr8k"], "is for retrieval, not for zero-shot"),
         (["--split", "dev"], "split is 'dev'"),
     ],
 )
