@@ -149,7 +149,7 @@ def find_dataset(name: str, task: str, changes: Mapping[str, Any]) -> DatasetSpe
     elif name.endswith(".parquet") and "://" not in name and not local_files(name):
         raise ValueError(f"There is no file {name}.")
     else:
-        source = name if local_files(name) or name.endswith(".parquet") else find_source(name, kind="dataset")
+        source = name if local_files(name) or name.endswith(".parquet") else find_source(name, repo_type="dataset")
         templates = MMVP_TEMPLATES if task == "mmvp" else DEFAULT_TEMPLATES
         spec = DatasetSpec(name=Path(name).name, source=source, templates=templates)
     return dataclasses.replace(spec, **{key: value for key, value in changes.items() if value is not None})
