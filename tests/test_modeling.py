@@ -15,7 +15,7 @@ from tolerances import (
     assert_gradients_close,
     relative_error,
 )
-from transformers import AutoModel, CLIPModel
+from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from diffclip_hf import (
     DiffCLIPConfig,
@@ -55,6 +55,12 @@ def build(model_class, **kwargs):
     names, output = CLASSES[model_class]
     inputs = {name: value for name, value in tiny_inputs().items() if name in names}
     return randomised(model_class(config)), inputs, output
+
+
+def checkpoint_activations(model, use_reentrant):
+    # The newer name came after the oldest release supported.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
 
 
 # --- API ------------------------------------------------------------------------------------------------------------
@@ -180,22 +186,180 @@ def test_maps_and_lambda_make_the_differential_map():
         torch.testing.assert_close(difference[:, 1], maps[:, 2] - lam * maps[:, 3])
 
 
+IMPLEMENTATIONS = ["sdpa", "flex_attention", "flash_attention_2", "differential_triton"]
+
+
+def leaves(value):
+    """Every tensor of an output, in order."""
+    if value is None or isinstance(value, torch.Tensor):
+        return [] if value is None else [value]
+    return [leaf for item in (value.values() if hasattr(value, "values") else value) for leaf in leaves(item)]
+
+
 @all_classes
 @pytest.mark.parametrize("how", ["call", "config"])
-def test_attentions_under_sdpa_are_a_clear_error(model_class, how):
-    model, inputs, _ = build(model_class, attn_implementation="sdpa")
-    ask = {
-        "call": lambda: model(**inputs, output_attentions=True),
-        "config": lambda: setattr(model.config, "output_attentions", True),
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attentions_under_every_implementation_are_eagers(model_class, how, implementation):
+    model, inputs, _ = build(model_class)
+    expected = model(**inputs, output_attentions=True)
+    # Set on the configuration, since a model can't be made with FlashAttention where it isn't installed.
+    model.config._attn_implementation = implementation
+    if how == "config":
+        model.config.output_attentions = True
+        found = model(**inputs)
+    else:
+        found = model(**inputs, output_attentions=True)
+    for left, right in zip(leaves(found), leaves(expected), strict=True):
+        assert torch.equal(left, right)
+    assert len(leaves(found)) > 3
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_asking_for_attentions_warns_once_and_changes_nothing_else(attention_type, caplog):
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+    model = tiny_model(**both(attention_type), attn_implementation="sdpa")
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        before = model(**inputs)
+        for _ in range(2):
+            with_maps = model(**inputs, output_attentions=True)
+        after = model(**inputs)
+    assert [record.message for record in caplog.records if "slower" in record.message] == [caplog.messages[0]]
+    assert "attn_implementation='eager'" in caplog.messages[0]
+    assert torch.equal(before.logits_per_image, after.logits_per_image)
+    assert after.vision_model_output.attentions is None
+    torch.testing.assert_close(with_maps.logits_per_image, before.logits_per_image)
+
+
+def test_attentions_in_training_with_dropout_and_checkpointing():
+    """The maps are those before dropout, and gradients flow as under eager with the same random numbers."""
+    found = {}
+    for implementation in ("eager", "sdpa"):
+        for checkpointing in (False, True):
+            model = tiny_model(**both("differential", attention_dropout=0.3), attn_implementation=implementation)
+            model.train()
+            if checkpointing:
+                checkpoint_activations(model, use_reentrant=False)
+            torch.manual_seed(0)
+            out = model(**tiny_inputs(), return_loss=True, output_attentions=True)
+            out.loss.backward()
+            found[implementation, checkpointing] = [
+                *out.vision_model_output.attentions,
+                *out.text_model_output.attentions,
+                *(parameter.grad for parameter in model.parameters()),
+            ]
+    for values in found.values():
+        for left, right in zip(values, found["eager", False], strict=True):
+            torch.testing.assert_close(left, right)
+    for maps in found["sdpa", True][:6]:
+        torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+
+
+def test_threads_that_ask_for_attentions_and_that_do_not_share_a_model():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, pixel_values = tiny_model(attn_implementation="sdpa").vision_model, tiny_inputs()["pixel_values"]
+
+    def call(asked):
+        with torch.no_grad():
+            return model(pixel_values, output_attentions=asked).attentions
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, [bool(i % 2) for i in range(64)]))
+    assert all((maps is not None and len(maps) == 3) == bool(i % 2) for i, maps in enumerate(found))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_mask_of_four_dimensions_serves_maps_too(implementation):
+    """A bool mask is where to attend, as SDPA takes it; here the causal one, which is what a text has anyway."""
+    model = tiny_model(attn_implementation=implementation).text_model
+    ids = torch.tensor([[BOS, 5, 6, 7, EOS]])
+    mask = torch.ones(5, 5).tril().bool()[None, None]
+    expected = model(ids, output_attentions=True)
+    found = model(ids, mask, output_attentions=True)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    assert torch.equal(found.attentions[0], expected.attentions[0])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_is_causal_is_what_it_says_in_both_towers(implementation, attention_type):
+    model, inputs = tiny_model(**both(attention_type), attn_implementation=implementation), tiny_inputs()
+    triangle = {"text_model": True, "vision_model": False}
+    for name, default in triangle.items():
+        tower = getattr(model, name)
+        given = [inputs["pixel_values"]] if name == "vision_model" else [inputs["input_ids"], inputs["attention_mask"]]
+        with torch.no_grad():
+            plain = tower(*given).pooler_output
+            assert torch.equal(tower(*given, is_causal=default).pooler_output, plain)
+            other = tower(*given, is_causal=not default, output_attentions=True)
+            torch.testing.assert_close(tower(*given, is_causal=not default).pooler_output, other.pooler_output)
+            tower.config.is_causal = not default
+            torch.testing.assert_close(tower(*given).pooler_output, other.pooler_output)
+            assert torch.equal(tower(*given, is_causal=default).pooler_output, plain)
+        above = torch.stack(other.attentions).triu(1)
+        assert bool(above.any()) == default
+        assert not torch.allclose(other.pooler_output, plain)
+
+
+def test_config_level_defaults_are_clips():
+    """What the configuration asks of a call, against `CLIPModel` of the same sizes: what comes back, and as what."""
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = tiny_config()
+    towers = {
+        name: {field: getattr(getattr(config, name), field) for field in fields}
+        for name in ("text_config", "vision_config")
     }
-    with pytest.raises(ValueError, match=r"output_attentions.*eager|eager.*output_attentions"):
-        ask[how]()
-    model.set_attn_implementation("eager")
-    names = CLASSES[model_class][0]
-    out = model(**inputs, output_attentions=True)
-    if model_class is DiffCLIPModel:
-        out = out.vision_model_output
-    assert len(out.attentions) == 3, names
+    towers["text_config"] |= {"vocab_size": 99, "bos_token_id": BOS, "eos_token_id": EOS}
+    towers["vision_config"] |= {"image_size": 32, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(**towers, projection_dim=24)).eval()
+    ours, inputs = tiny_model(attn_implementation="sdpa"), tiny_inputs()
+
+    def outcome(model, part, call):
+        with torch.no_grad():
+            value = call(getattr(model, part) if part else model)
+        return isinstance(value, tuple), [tuple(leaf.shape) for leaf in leaves(value)]
+
+    text = [inputs["input_ids"], inputs["attention_mask"]]
+    calls = {
+        "text_model": lambda tower: tower(*text),
+        "vision_model": lambda tower: tower(inputs["pixel_values"]),
+        "": lambda model: model.get_text_features(*text),
+    }
+    for settings in ({"return_dict": False}, {"output_hidden_states": True}, {"output_hidden_states": [1]}):
+        for part, call in calls.items():
+            found = []
+            for model in (clip, ours):
+                owner = getattr(model, part) if part else model
+                # CLIP's features read the tower's configuration alone.
+                held = [owner.config] if part else [owner.config, owner.config.text_config]
+                for where in held:
+                    for name, value in settings.items():
+                        setattr(where, name, value)
+                found.append(outcome(model, part, call))
+                for where in held:
+                    where.return_dict, where.output_hidden_states = True, False
+            assert found[0] == found[1], (settings, part)
+
+
+@all_classes
+@pytest.mark.parametrize("selection", [[1], [0, -1]])
+def test_a_configurations_selection_of_hidden_states_is_passed_on(model_class, selection):
+    """As a call's own argument selects them, whatever this release of Transformers takes that to mean."""
+    model, inputs, _ = build(model_class)
+    expected = model(**inputs, output_hidden_states=selection)
+    model.config.output_hidden_states = selection
+    found = model(**inputs)
+
+    def states(out):
+        towers = (out.text_model_output, out.vision_model_output) if model_class is DiffCLIPModel else (out,)
+        return [[state is None for state in tower.hidden_states] for tower in towers]
+
+    assert states(found) == states(expected)
+    assert any(any(missing) for missing in states(found))
 
 
 @all_classes
@@ -471,9 +635,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_class, attention_type,
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            # The newer name came after the oldest release supported.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(model, use_reentrant=use_reentrant)
             assert all(layer.gradient_checkpointing for layer in model.modules() if hasattr(layer, "self_attn"))
         model.zero_grad()
         model(**inputs)[output].square().sum().backward()
@@ -541,11 +703,44 @@ def test_half_precision(model_class, dtype, implementation, tmp_path):
     model.save_pretrained(tmp_path)
     expected = model(**inputs)[output]
     half = model_class.from_pretrained(tmp_path, dtype=dtype, attn_implementation=implementation)
-    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    assert {p.dtype for name, p in half.named_parameters() if ".lambda_" not in name} == {dtype}
+    assert half.dtype == dtype
     found = half(**inputs)[output]
     assert found.dtype == dtype
     assert relative_error(found.float(), expected) <= 4 * HALF_PRECISION[dtype]
     assert AutoModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lambda_stays_in_float32(dtype, tmp_path):
+    """As in the original under autocast; in half precision these vectors would lose λ's third digit."""
+    model = tiny_model(attn_implementation="sdpa")
+
+    def vectors(of):
+        return {name: value for name, value in of.state_dict().items() if ".lambda_" in name}
+
+    model.save_pretrained(tmp_path / "float32")
+    half = DiffCLIPModel.from_pretrained(tmp_path / "float32", dtype=dtype)
+    half.save_pretrained(tmp_path / "half")
+    assert load_file(tmp_path / "half" / "model.safetensors")["logit_scale"].dtype == dtype
+    again = DiffCLIPModel.from_pretrained(tmp_path / "half")
+    assert again.dtype == dtype
+    tower = DiffCLIPVisionModel.from_pretrained(tmp_path / "float32", dtype=dtype)
+    for loaded, expected in ((half, model), (again, model), (tower, model.vision_model)):
+        assert len(vectors(loaded)) >= 12
+        for name, vector in vectors(expected).items():
+            assert vectors(loaded)[name].dtype == torch.float32
+            assert torch.equal(vectors(loaded)[name], vector)
+    layers = [m.vision_model.encoder.layers[0].self_attn for m in (half, model)]
+    assert torch.equal(layers[0].get_lambda(), layers[1].get_lambda())
+    # A gradient reaches them, and a model made in half precision has them so too.
+    half(**tiny_inputs(), return_loss=True).loss.backward()
+    assert layers[0].lambda_q1.grad.dtype == torch.float32
+    made = AutoModel.from_config(tiny_config(), dtype=dtype)
+    assert {vector.dtype for vector in vectors(made).values()} == {torch.float32}
+    # What asks for another dtype in so many words gets it.
+    assert {p.dtype for p in half.to(dtype).parameters()} == {dtype}
+    assert {p.dtype for p in half.double().parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)

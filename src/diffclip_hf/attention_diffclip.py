@@ -78,14 +78,17 @@ def attention_maps(
 
     Args:
         query, key: (batch, num_heads, tokens, head_dim).
-        attention_mask: Added to the scores, broadcastable to (batch, num_heads, tokens, tokens), or None.
+        attention_mask: Bool, true where a query attends to a key, or added to the scores, broadcastable to (batch,
+            num_heads, tokens, tokens); or None.
         scaling: Factor on the scores, head_dim^-0.5.
 
     Returns:
         (batch, num_heads, tokens, tokens), in the query's dtype; every row sums to 1.
     """
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     wide = torch.promote_types(scores.dtype, torch.float32)
     return nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
@@ -184,6 +187,7 @@ def differential_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     attn_implementation: str = "eager",
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Differential attention under any implementation of Transformers' attention interface.
@@ -193,8 +197,10 @@ def differential_attention_forward(
     `BLOCK_ENTRIES_PER_THREAD`.
 
     The arguments and the output are those of `eager_differential_attention_forward`, but that a mask is what the
-    implementation expects; the maps are None for every implementation but `"eager"`.
+    implementation expects, and that `is_causal` says whether a query sees earlier tokens alone where no mask is given
+    (None for the module's own); the maps are None for every implementation but `"eager"`.
     """
+    is_causal = bool(module.is_causal if is_causal is None else is_causal)
     if attn_implementation == "eager":
         return eager_differential_attention_forward(
             module, query, key, value, attention_mask, lambda_value, scaling, dropout
@@ -209,7 +215,6 @@ def differential_attention_forward(
         and not leaves_pytorch
         and one_mask
     ):
-        is_causal = bool(module.is_causal)
         arguments = (query, key, value, attention_mask, lambda_value, scaling, is_causal)
         # While compiling always the operator, since a choice by size would compile anew at the crossover.
         if torch.compiler.is_compiling():
@@ -223,7 +228,17 @@ def differential_attention_forward(
         output, _ = eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)
         return output, None
     return _from_attention_interface(
-        module, query, key, value, attention_mask, lambda_value, scaling, dropout, attn_implementation, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        lambda_value,
+        scaling,
+        dropout,
+        attn_implementation,
+        is_causal=is_causal,
+        **kwargs,
     ), None
 
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_diffclip import (
@@ -27,7 +27,11 @@ from .attention_diffclip import (
 )
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .hub_cache_diffclip import checked_downloads
+from .inputs_diffclip import check_input_ids, check_keyword_arguments, check_pixel_values, check_text_companion
 from .loss_diffclip import image_text_contrastive_loss
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -99,6 +103,19 @@ def is_text(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> bool:
     configuration and one for the model, whose classes differ.
     """
     return config.model_type == DiffCLIPTextConfig.model_type
+
+
+def attention_implementation(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> str:
+    """Return the name of the attention implementation that a tower's configuration asks for."""
+    return config._attn_implementation or "eager"
+
+
+class _MaskConfig:
+    """What Transformers' mask functions read of a configuration, for one call."""
+
+    def __init__(self, attn_implementation: str, is_causal: bool):
+        self._attn_implementation = attn_implementation
+        self.is_causal = is_causal
 
 
 def with_initial_std(module: nn.Module, std: float | None) -> nn.Module:
@@ -227,7 +244,8 @@ class DiffCLIPAttention(nn.Module):
     """Standard multi-head attention, softmax(q·kᵀ·head_dim^-0.5)·v.
 
     `forward` takes hidden states (batch, tokens, hidden_size) and returns the same shape, and the softmax maps
-    (batch, num_heads, tokens, tokens) under `attn_implementation="eager"`, else None.
+    (batch, num_heads, tokens, tokens) under `attn_implementation="eager"`, else None. It takes an implementation for
+    one call too, since the configuration's is every thread's.
     """
 
     def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig):
@@ -248,14 +266,19 @@ class DiffCLIPAttention(nn.Module):
         self.out_proj = with_initial_std(nn.Linear(width, width), output_std)
 
     def _attend(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_implementation: str,
+        is_causal: bool,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the heads' outputs, (batch, tokens, num_heads, head_dim), and the maps."""
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attn_implementation, eager_attention_forward
         )
         query = self._split(self.q_proj(hidden_states), self.head_dim)
-        check_flash_attention(query, self.config._attn_implementation)
+        check_flash_attention(query, attn_implementation)
         return attention_interface(
             self,
             query,
@@ -264,6 +287,7 @@ class DiffCLIPAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
+            is_causal=is_causal,
             **kwargs,
         )
 
@@ -273,10 +297,17 @@ class DiffCLIPAttention(nn.Module):
         return states.unflatten(-1, (-1, width)).transpose(1, 2)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_implementation: str | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output, (batch, tokens, hidden_size), and the softmax maps or None."""
-        output, maps = self._attend(hidden_states, attention_mask, **kwargs)
+        implementation = attn_implementation or attention_implementation(self.config)
+        is_causal = self.is_causal if is_causal is None else is_causal
+        output, maps = self._attend(hidden_states, attention_mask, implementation, is_causal, **kwargs)
         return self.out_proj(output.flatten(2)), maps
 
 
@@ -294,10 +325,12 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
         super().__init__(config)
         # A Python float, not a buffer: models are built on the meta device, where a buffer's value would be lost.
         self.lambda_init = config.get_lambda_init(layer_idx)
-        self.lambda_q1 = nn.Parameter(torch.empty(self.head_dim))
-        self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim))
-        self.lambda_q2 = nn.Parameter(torch.empty(self.head_dim))
-        self.lambda_k2 = nn.Parameter(torch.empty(self.head_dim))
+        # In a model of half precision too, as in the original under autocast: exp magnifies rounding.
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.lambda_q1 = nn.Parameter(torch.empty(self.head_dim, dtype=wide))
+        self.lambda_k1 = nn.Parameter(torch.empty(self.head_dim, dtype=wide))
+        self.lambda_q2 = nn.Parameter(torch.empty(self.head_dim, dtype=wide))
+        self.lambda_k2 = nn.Parameter(torch.empty(self.head_dim, dtype=wide))
         self.diff_norm = DiffCLIPRMSNorm(2 * self.head_dim, eps=config.diff_norm_eps)
 
     def get_lambda(self) -> torch.Tensor:
@@ -305,16 +338,20 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
         return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
 
     def _attend(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_implementation: str,
+        is_causal: bool,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the pairs' outputs, (batch, tokens, num_heads / 2, 2 · head_dim), and the maps."""
         query = self._split(self.q_proj(hidden_states), self.head_dim)
         key = self._split(self.k_proj(hidden_states), self.head_dim)
         value = self._split(self.v_proj(hidden_states), 2 * self.head_dim)
         dropout = self.attention_dropout if self.training else 0.0
-        implementation = self.config._attn_implementation or "eager"
-        if implementation == FUSED_ATTENTION:
-            return self._fused(query, key, value, attention_mask, dropout), None
+        if attn_implementation == FUSED_ATTENTION:
+            return self._fused(query, key, value, attention_mask, dropout, is_causal), None
         output, maps = differential_attention_forward(
             self,
             query,
@@ -324,7 +361,8 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
             self.get_lambda(),
             scaling=self.scaling,
             dropout=dropout,
-            attn_implementation=implementation,
+            attn_implementation=attn_implementation,
+            is_causal=is_causal,
             **kwargs,
         )
         return self.diff_norm(output, scale=1 - self.lambda_init), maps
@@ -336,6 +374,7 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         dropout: float,
+        is_causal: bool,
     ) -> torch.Tensor:
         """Return the pairs' outputs from the kernels that compute all of it, norm and factor too."""
         # Here, since Triton takes time to import and few need it.
@@ -353,7 +392,7 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
             self.get_lambda(),
             self.diff_norm.weight,
             scaling=self.scaling,
-            is_causal=self.is_causal,
+            is_causal=is_causal,
             norm_eps=self.diff_norm.eps,
             output_scale=1 - self.lambda_init,
         )
@@ -420,6 +459,12 @@ class DiffCLIPEncoder(nn.Module):
 _Model = TypeVar("_Model", bound="DiffCLIPPreTrainedModel")
 
 
+def _initialise(fill: Callable, tensor: torch.Tensor | None, *args: float, **kwargs: float) -> None:
+    """Fill a tensor that is there; pruning and quantisers leave None."""
+    if tensor is not None:
+        fill(tensor, *args, **kwargs)
+
+
 class DiffCLIPPreTrainedModel(PreTrainedModel):
     """Base of every DiffCLIP model: loading, saving and initialisation."""
 
@@ -434,7 +479,20 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    # exp magnifies the rounding of λ's vectors, which the original keeps in float32 under autocast.
+    _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
     _can_record_outputs = {"hidden_states": DiffCLIPEncoderLayer, "attentions": DiffCLIPAttention}
+
+    def __init__(self, config: DiffCLIPConfig | DiffCLIPTextConfig | DiffCLIPVisionConfig, *args: Any, **kwargs: Any):
+        expected = type(self).config_class.model_type
+        if getattr(config, "model_type", None) != expected:
+            raise ValueError(
+                f"{type(self).__name__} is given a {type(config).__name__}, of a model of type "
+                f"{getattr(config, 'model_type', None)!r}; it must be a {type(self).config_class.__name__}."
+            )
+        # Again, since fields may have been set after the configuration was made.
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -471,49 +529,72 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         plain_vision = config.model_type == DiffCLIPVisionConfig.model_type and config.attention_type == "standard"
 
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            bias = getattr(module, "bias", None)
-            bound = factor / math.sqrt(module.weight[0].numel())
-            std = getattr(module, "initial_std", None)
-            if std is not None:
-                init.normal_(module.weight, std=std * factor)
-            elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and plain_vision):
-                # timm's default for positions, and in the plain tower of SLIP's CLIP baseline for every Linear.
-                init.trunc_normal_(module.weight, std=config.get_text_config().initializer_range * factor)
-            else:
-                # PyTorch's default.
-                init.uniform_(module.weight, -bound, bound)
-            if bias is not None and isinstance(module, nn.Linear) and plain_vision:
-                init.zeros_(bias)
-            elif bias is not None:
-                init.uniform_(bias, -bound, bound)
+            self._init_matrix(module, factor, plain_vision)
         elif isinstance(module, (nn.LayerNorm, DiffCLIPRMSNorm)):
-            init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm):
-                init.zeros_(module.bias)
+            _initialise(init.ones_, module.weight)
+            _initialise(init.zeros_, getattr(module, "bias", None))
         elif isinstance(module, DiffCLIPVisionEmbeddings):
-            init.normal_(module.class_embedding, std=1e-6 * factor)
+            _initialise(init.normal_, module.class_embedding, std=1e-6 * factor)
         elif isinstance(module, DiffCLIPDifferentialAttention):
             for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
-                init.normal_(vector, std=config.lambda_init_std)
+                _initialise(init.normal_, vector, std=config.lambda_init_std)
         elif isinstance(module, DiffCLIPModel):
-            init.constant_(module.logit_scale, config.logit_scale_init_value)
+            _initialise(init.constant_, module.logit_scale, config.logit_scale_init_value)
+
+    def _init_matrix(self, module: nn.Module, factor: float, plain_vision: bool) -> None:
+        """Initialise a Linear, a convolution or an embedding; `plain_vision` is the image tower of SLIP's CLIP."""
+        weight, bias = module.weight, getattr(module, "bias", None)
+        # A quantiser may have taken the weight away.
+        if weight is None:
+            return
+        bound = factor / math.sqrt(weight[0].numel())
+        std = getattr(module, "initial_std", None)
+        if std is not None:
+            init.normal_(weight, std=std * factor)
+        elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and plain_vision):
+            # timm's default for positions, and in the plain tower of SLIP's CLIP baseline for every Linear.
+            init.trunc_normal_(weight, std=self.config.get_text_config().initializer_range * factor)
+        else:
+            # PyTorch's default.
+            init.uniform_(weight, -bound, bound)
+        if isinstance(module, nn.Linear) and plain_vision:
+            _initialise(init.zeros_, bias)
+        else:
+            _initialise(init.uniform_, bias, -bound, bound)
 
     def _tower_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Add what the whole model's configuration asks of its towers, which read their own configuration alone."""
-        asked = {flag: True for flag in ("output_attentions", "output_hidden_states") if getattr(self.config, flag)}
+        flags = ("output_attentions", "output_hidden_states")
+        asked = {flag: getattr(self.config, flag) for flag in flags if getattr(self.config, flag)}
         return {**asked, **kwargs}
 
-    def _check_output_attentions(self, output_attentions: bool | None) -> None:
-        """Raise a ValueError where attentions are asked of an implementation that never has them."""
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        implementation = self.config._attn_implementation or "eager"
-        if output_attentions and implementation != "eager":
-            raise ValueError(
-                f"output_attentions is True, but attn_implementation is {implementation!r}, which computes no maps; "
-                "it must be 'eager': load with attn_implementation='eager', or call "
-                "model.set_attn_implementation('eager')."
+    def _call_implementation(self, kwargs: dict[str, Any]) -> str:
+        """Return the attention implementation of one call of a tower: the formula where maps are asked for."""
+        implementation = attention_implementation(self.config)
+        if implementation == "eager" or not kwargs.get("output_attentions", self.config.output_attentions):
+            return implementation
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                "output_attentions is True: calls that ask for maps compute attention by the formula, as under "
+                f"attn_implementation='eager', which is slower than {implementation!r} and keeps every map in memory."
             )
+        return "eager"
+
+    def _check_has_values(self, given: torch.Tensor) -> None:
+        """Raise a ValueError where a tower on the meta device is given numbers; hooks bring offloaded weights."""
+        if given.is_meta or not self.get_input_embeddings().weight.is_meta:
+            return
+        if not any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ValueError(
+                "The model is on the meta device, which holds no weights, and its inputs aren't; load it with "
+                "from_pretrained, or give it inputs on the meta device to see its outputs' shapes."
+            )
+
+    def _is_causal(self, kwargs: dict[str, Any], default: bool) -> bool:
+        """Take `is_causal` out of a call's keyword arguments, else from the configuration, else the tower's own."""
+        given = kwargs.pop("is_causal", None)
+        given = getattr(self.config, "is_causal", None) if given is None else given
+        return default if given is None else bool(given)
 
 
 class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
@@ -558,13 +639,27 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
         has_end = is_end.any(-1)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             torch._assert_async(has_end.all(), "input_ids has a row without an end-of-text token")
-        elif not has_end.all():
-            rows = (~has_end).nonzero().flatten().tolist()
-            raise ValueError(
-                f"input_ids has no end-of-text token in rows {rows}; each row must hold {eos_token_id} "
-                "(config.eos_token_id), whose position is pooled. Tokenize with truncation=True, which keeps it."
-            )
+        elif not input_ids.is_meta:
+            self._check_rows(input_ids, has_end)
         return is_end.int().argmax(-1, keepdim=True)
+
+    def _check_rows(self, input_ids: torch.Tensor, has_end: torch.Tensor) -> None:
+        """Raise a ValueError for ids outside the vocabulary, and for rows without an end-of-text token."""
+        vocabulary = getattr(self.get_input_embeddings(), "num_embeddings", self.config.vocab_size)
+        is_known = (input_ids >= 0) & (input_ids < vocabulary)
+        # One wait for a GPU rather than two.
+        if (is_known.all(-1) & has_end).all():
+            return
+        if not is_known.all():
+            raise ValueError(
+                f"input_ids holds {input_ids[~is_known][0].item()}; an id must be from 0 to {vocabulary - 1} "
+                "(config.vocab_size - 1). Take the tokenizer saved with this model."
+            )
+        rows = (~has_end).nonzero().flatten().tolist()
+        raise ValueError(
+            f"input_ids has no end-of-text token in rows {rows}; each row must hold {self.config.eos_token_id} "
+            "(config.eos_token_id), whose position is pooled. Tokenize with truncation=True, which keeps it."
+        )
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -591,19 +686,21 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
             hidden_size), its end-of-text token.
 
         Raises:
-            ValueError: `input_ids` is missing or too long, a row has no end-of-text token, or attentions are asked of
-                an implementation without them.
+            ValueError: `input_ids` is missing, not of integers or too long, an id isn't in the vocabulary, or a row
+                has no end-of-text token.
+            TypeError: An argument isn't a tensor, or is unknown.
         """
-        if input_ids is None:
-            raise ValueError("input_ids is None; it must hold token ids, (batch, tokens).")
-        self._check_output_attentions(kwargs.get("output_attentions"))
-        input_ids = input_ids.view(-1, input_ids.shape[-1])
+        check_keyword_arguments(DiffCLIPTextModel.forward, kwargs)
+        check_input_ids(input_ids, self.config.max_position_embeddings)
+        check_text_companion("attention_mask", attention_mask, input_ids)
+        check_text_companion("position_ids", position_ids, input_ids)
+        self._check_has_values(input_ids)
+        implementation = self._call_implementation(kwargs)
+        is_causal = self._is_causal(kwargs, default=True)
         length = input_ids.shape[-1]
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids has {length} tokens a row; it must have at most {self.config.max_position_embeddings} "
-                "(config.max_position_embeddings). Tokenize with truncation=True."
-            )
+        input_ids = input_ids.view(-1, length)
+        if attention_mask is not None and attention_mask.ndim < 4:
+            attention_mask = attention_mask.view(-1, length)
 
         start = self._text_start(input_ids, attention_mask)
         end = self._end_of_text(input_ids, start)
@@ -617,8 +714,10 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
             attention_mask = attention_mask.bool().logical_or(token_idx == end).long()
 
         hidden_states = self.embeddings(input_ids, position_ids)
-        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
-        hidden_states = self.encoder(hidden_states, causal_mask, **kwargs)
+        mask = create_causal_mask(_MaskConfig(implementation, is_causal), hidden_states, attention_mask, None)
+        hidden_states = self.encoder(
+            hidden_states, mask, attn_implementation=implementation, is_causal=is_causal, **kwargs
+        )
 
         last_hidden_state = self.final_layer_norm(hidden_states)
         batch_idx = torch.arange(input_ids.shape[0], device=last_hidden_state.device)
@@ -671,14 +770,22 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
             (batch, hidden_size), its class token.
 
         Raises:
-            ValueError: `pixel_values` is missing or of another size than the configuration's, or attentions are asked
-                of an implementation without them.
+            ValueError: `pixel_values` is missing, not of floating-point numbers, not (batch, channels, height, width),
+                or of another size or number of channels than the configuration's.
+            TypeError: `pixel_values` isn't a tensor, or an argument is unknown.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values is None; it must hold images, (batch, channels, height, width).")
-        self._check_output_attentions(kwargs.get("output_attentions"))
+        check_keyword_arguments(DiffCLIPVisionModel.forward, kwargs)
+        check_pixel_values(pixel_values, self.config.num_channels)
+        self._check_has_values(pixel_values)
+        implementation = self._call_implementation(kwargs)
+        is_causal = self._is_causal(kwargs, default=False)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        hidden_states = self.encoder(hidden_states, **kwargs)
+        mask = None
+        if is_causal:
+            mask = create_causal_mask(_MaskConfig(implementation, is_causal), hidden_states, None, None)
+        hidden_states = self.encoder(
+            hidden_states, mask, attn_implementation=implementation, is_causal=is_causal, **kwargs
+        )
         last_hidden_state = self.post_layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0])
 
@@ -722,6 +829,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
             The text tower's output, with `pooler_output` the projected embedding, not normalised, (batch,
             projection_dim).
         """
+        check_keyword_arguments(DiffCLIPModel.get_text_features, kwargs)
         outputs = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -744,6 +852,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
             The image tower's output, with `pooler_output` the projected embedding, not normalised, (batch,
             projection_dim).
         """
+        check_keyword_arguments(DiffCLIPModel.get_image_features, kwargs)
         outputs = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -795,6 +904,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
         Raises:
             ValueError: Both modalities are missing, or one is and a loss is asked for; and as the towers raise.
         """
+        check_keyword_arguments(DiffCLIPModel.forward, kwargs)
         if input_ids is None and pixel_values is None:
             raise ValueError("input_ids and pixel_values are both None; at least one must be given.")
         if return_loss and (input_ids is None or pixel_values is None):
@@ -861,6 +971,7 @@ class DiffCLIPTextModelWithProjection(DiffCLIPPreTrainedModel):
         Returns:
             A `DiffCLIPTextModelOutput`, with `text_embeds` not normalised, (batch, projection_dim).
         """
+        check_keyword_arguments(DiffCLIPTextModelWithProjection.forward, kwargs)
         outputs = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -904,6 +1015,7 @@ class DiffCLIPVisionModelWithProjection(DiffCLIPPreTrainedModel):
         Returns:
             A `DiffCLIPVisionModelOutput`, with `image_embeds` not normalised, (batch, projection_dim).
         """
+        check_keyword_arguments(DiffCLIPVisionModelWithProjection.forward, kwargs)
         outputs = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -960,6 +1072,7 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
         Returns:
             An `ImageClassifierOutput`, with `logits` (batch, num_labels) and, with labels, the loss.
         """
+        check_keyword_arguments(DiffCLIPForImageClassification.forward, kwargs)
         outputs = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,

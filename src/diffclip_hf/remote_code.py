@@ -37,6 +37,7 @@ _PACKAGE = Path(__file__).parent
 # Every file that travels: flat, importing only its siblings.
 CODE_FILES = (
     "configuration_diffclip.py",
+    "inputs_diffclip.py",
     "hub_cache_diffclip.py",
     "blocked_attention_diffclip.py",
     "kernels_diffclip.py",
