@@ -16,13 +16,17 @@ ARROWS = {
     "blocked_attention_diffclip": set(),
     "attention_diffclip": {"blocked_attention_diffclip"},
     "hub_cache_diffclip": set(),
+    "inputs_diffclip": set(),
+    "offloading_diffclip": set(),
     "loss_diffclip": set(),
     "modeling_diffclip": {
         "attention_diffclip",
         "configuration_diffclip",
         "hub_cache_diffclip",
+        "inputs_diffclip",
         "kernels_diffclip",
         "loss_diffclip",
+        "offloading_diffclip",
     },
     # The two image processors name each other for Transformers' copying of files; at run time the arrow is one way.
     "image_processing_pil_diffclip": {"image_processing_diffclip", "image_reading"},
@@ -114,8 +118,8 @@ ARROWS = {
         "zero_shot",
     },
     "version": set(),
-    "visualization": {"attention_diffclip"},
-    "zero_shot": {"image_reading", "processing_diffclip"},
+    "visualization": {"attention_diffclip", "modeling_diffclip", "offloading_diffclip"},
+    "zero_shot": {"image_reading", "offloading_diffclip", "processing_diffclip"},
     "zero_shot_templates": set(),
     "__init__": {
         "attention_diffclip",

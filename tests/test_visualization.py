@@ -172,13 +172,13 @@ def test_without_the_second_map_it_is_the_standard_method_on_the_first():
     assert_close(image_relevance(model, **inputs)[0, 0], rolled[0, 1:].reshape(4, 4))
 
 
-def clip_model() -> CLIPModel:
+def clip_model(attn_implementation: str = "eager") -> CLIPModel:
     """Transformers' own, tiny."""
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**size, "vocab_size": 99, "max_position_embeddings": 12, "bos_token_id": 97, "eos_token_id": 98}
     config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8}, projection_dim=24)
     torch.manual_seed(0)
-    return CLIPModel._from_config(config, attn_implementation="eager").eval()
+    return CLIPModel._from_config(config, attn_implementation=attn_implementation).eval()
 
 
 def test_transformers_own_clip():
@@ -309,7 +309,7 @@ def test_maps_that_are_not_there(options, message):
 def test_models_that_cannot_be_looked_into():
     inputs = tiny_inputs()
     with pytest.raises(ValueError, match=r"vision_model is 'sdpa'.*must be 'eager'.*set_attn_implementation"):
-        image_relevance(tiny_model(attn_implementation="sdpa"), **inputs)
+        image_relevance(clip_model("sdpa"), **inputs)
     with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
         text_relevance(tiny_model().train(), **inputs)
     with pytest.raises(ValueError, match="a DiffCLIPVisionModel, which has no vision_model and no"):

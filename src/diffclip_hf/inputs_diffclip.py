@@ -44,8 +44,8 @@ def _check_is_tensor(name: str, value: Any, mend: str) -> None:
     raise TypeError(f"{name} is of type {type(value).__name__}; it must be a tensor: {mend}.")
 
 
-def check_input_ids(input_ids: Any, max_length: int) -> None:
-    """Raise an error with one plain line where `input_ids` can't be token ids, (batch, tokens).
+def check_input_ids(input_ids: Any, max_length: int) -> torch.Tensor:
+    """Return `input_ids`, or raise an error with one plain line where they can't be token ids, (batch, tokens).
 
     Args:
         input_ids: What was given.
@@ -72,6 +72,7 @@ def check_input_ids(input_ids: Any, max_length: int) -> None:
             f"input_ids has {input_ids.shape[-1]} tokens a row; it must have at most {max_length} "
             "(config.max_position_embeddings). Tokenize with truncation=True."
         )
+    return input_ids
 
 
 def check_text_companion(name: str, value: Any, input_ids: torch.Tensor) -> None:
@@ -92,8 +93,8 @@ def check_text_companion(name: str, value: Any, input_ids: torch.Tensor) -> None
         )
 
 
-def check_pixel_values(pixel_values: Any, num_channels: int) -> None:
-    """Raise an error with one plain line where `pixel_values` can't be images, (batch, channels, height, width).
+def check_pixel_values(pixel_values: Any, num_channels: int) -> torch.Tensor:
+    """Return `pixel_values`, or raise an error with one plain line where they can't be images, (batch, channels, …).
 
     Args:
         pixel_values: What was given.
@@ -121,6 +122,7 @@ def check_pixel_values(pixel_values: Any, num_channels: int) -> None:
             f"pixel_values has shape {shape}, with {shape[1]} channels; it must be (batch, channels, height, width), "
             f"with {num_channels} channels (config.num_channels)."
         )
+    return pixel_values
 
 
 __all__ = ["check_input_ids", "check_keyword_arguments", "check_pixel_values", "check_text_companion"]

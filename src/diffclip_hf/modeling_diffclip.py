@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
@@ -29,6 +29,7 @@ from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIP
 from .hub_cache_diffclip import checked_downloads
 from .inputs_diffclip import check_input_ids, check_keyword_arguments, check_pixel_values, check_text_companion
 from .loss_diffclip import image_text_contrastive_loss
+from .offloading_diffclip import check_four_bit_widths, check_has_weights, execution_device, weights_in_place
 
 
 logger = logging.get_logger(__name__)
@@ -105,8 +106,8 @@ def is_text(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> bool:
     return config.model_type == DiffCLIPTextConfig.model_type
 
 
-def attention_implementation(config: DiffCLIPTextConfig | DiffCLIPVisionConfig) -> str:
-    """Return the name of the attention implementation that a tower's configuration asks for."""
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """Return the name of the attention implementation that a configuration asks for."""
     return config._attn_implementation or "eager"
 
 
@@ -335,7 +336,8 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
 
     def get_lambda(self) -> torch.Tensor:
         """Return the layer's present λ, without dimensions, in float32 or better, differentiable in its vectors."""
-        return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
+        with weights_in_place(self):
+            return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
 
     def _attend(
         self,
@@ -459,7 +461,7 @@ class DiffCLIPEncoder(nn.Module):
 _Model = TypeVar("_Model", bound="DiffCLIPPreTrainedModel")
 
 
-def _initialise(fill: Callable, tensor: torch.Tensor | None, *args: float, **kwargs: float) -> None:
+def _initialise(fill: Callable, tensor: Any, *args: float, **kwargs: float) -> None:
     """Fill a tensor that is there; pruning and quantisers leave None."""
     if tensor is not None:
         fill(tensor, *args, **kwargs)
@@ -494,6 +496,11 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
 
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model computes and takes inputs, also where its weights are offloaded."""
+        return execution_device(self)
+
     @classmethod
     def from_pretrained(
         cls: type[_Model],
@@ -507,9 +514,13 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: As Transformers does, and where fetched weights aren't those that the Hub announced; they are
                 removed from the cache.
+            ValueError: A quantised layer is of a size that its library can't compute.
         """
         with checked_downloads(str(pretrained_model_name_or_path), cache_dir):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, cache_dir=cache_dir, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, cache_dir=cache_dir, **kwargs)
+        # With output_loading_info it is a pair.
+        check_four_bit_widths(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def post_init(self) -> None:
         """Initialise the weights and what Transformers keeps of a model."""
@@ -541,7 +552,7 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DiffCLIPModel):
             _initialise(init.constant_, module.logit_scale, config.logit_scale_init_value)
 
-    def _init_matrix(self, module: nn.Module, factor: float, plain_vision: bool) -> None:
+    def _init_matrix(self, module: Any, factor: float, plain_vision: bool) -> None:
         """Initialise a Linear, a convolution or an embedding; `plain_vision` is the image tower of SLIP's CLIP."""
         weight, bias = module.weight, getattr(module, "bias", None)
         # A quantiser may have taken the weight away.
@@ -582,13 +593,8 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
 
     def _check_has_values(self, given: torch.Tensor) -> None:
         """Raise a ValueError where a tower on the meta device is given numbers; hooks bring offloaded weights."""
-        if given.is_meta or not self.get_input_embeddings().weight.is_meta:
-            return
-        if not any(hasattr(module, "_hf_hook") for module in self.modules()):
-            raise ValueError(
-                "The model is on the meta device, which holds no weights, and its inputs aren't; load it with "
-                "from_pretrained, or give it inputs on the meta device to see its outputs' shapes."
-            )
+        if not given.is_meta and self.get_input_embeddings().weight.is_meta:
+            check_has_weights(self)
 
     def _is_causal(self, kwargs: dict[str, Any], default: bool) -> bool:
         """Take `is_causal` out of a call's keyword arguments, else from the configuration, else the tower's own."""
@@ -691,7 +697,7 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
             TypeError: An argument isn't a tensor, or is unknown.
         """
         check_keyword_arguments(DiffCLIPTextModel.forward, kwargs)
-        check_input_ids(input_ids, self.config.max_position_embeddings)
+        input_ids = check_input_ids(input_ids, self.config.max_position_embeddings)
         check_text_companion("attention_mask", attention_mask, input_ids)
         check_text_companion("position_ids", position_ids, input_ids)
         self._check_has_values(input_ids)
@@ -714,7 +720,14 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
             attention_mask = attention_mask.bool().logical_or(token_idx == end).long()
 
         hidden_states = self.embeddings(input_ids, position_ids)
-        mask = create_causal_mask(_MaskConfig(implementation, is_causal), hidden_states, attention_mask, None)
+        mask = create_causal_mask(
+            _MaskConfig(implementation, is_causal),
+            hidden_states,
+            attention_mask,
+            None,
+            # Whether a mask can be left out is read off it, which meta tensors don't allow.
+            allow_is_causal_skip=not hidden_states.is_meta,
+        )
         hidden_states = self.encoder(
             hidden_states, mask, attn_implementation=implementation, is_causal=is_causal, **kwargs
         )
@@ -775,7 +788,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
             TypeError: `pixel_values` isn't a tensor, or an argument is unknown.
         """
         check_keyword_arguments(DiffCLIPVisionModel.forward, kwargs)
-        check_pixel_values(pixel_values, self.config.num_channels)
+        pixel_values = check_pixel_values(pixel_values, self.config.num_channels)
         self._check_has_values(pixel_values)
         implementation = self._call_implementation(kwargs)
         is_causal = self._is_causal(kwargs, default=False)

@@ -38,6 +38,7 @@ _PACKAGE = Path(__file__).parent
 CODE_FILES = (
     "configuration_diffclip.py",
     "inputs_diffclip.py",
+    "offloading_diffclip.py",
     "hub_cache_diffclip.py",
     "blocked_attention_diffclip.py",
     "kernels_diffclip.py",

@@ -23,6 +23,8 @@ from torch.nn.functional import normalize, one_hot
 from transformers import PreTrainedModel
 
 from .attention_diffclip import differential_attention_map
+from .modeling_diffclip import DiffCLIPPreTrainedModel
+from .offloading_diffclip import check_has_weights, check_passes_gradients, execution_device, logit_scale_factor
 
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ def image_relevance(
     the module). The result is the class token's row of R, without its own column.
 
     Args:
-        model: A `DiffCLIPModel` or Transformers' `CLIPModel`, in evaluation mode and with
-            `attn_implementation="eager"`. Its parameters and their gradients stay as they are.
+        model: A `DiffCLIPModel`, or Transformers' `CLIPModel` with `attn_implementation="eager"`, in evaluation mode.
+            Its parameters and their gradients stay as they are.
         pixel_values: (images, channels, height, width).
         input_ids, attention_mask: (texts, tokens).
         first_layer: The first layer that counts; -1 takes the last alone, as the authors' CLIP notebook does.
@@ -67,12 +69,13 @@ def image_relevance(
         model, so compare places in one map rather than two models' values.
 
     Raises:
-        ValueError: The model is in training mode, under another implementation or lacks a tower, or there's no such
-            layer; and as the model raises.
+        ValueError: The model is in training mode, under an implementation without maps, on the meta device or lacks a
+            tower, or there's no such layer; and as the model raises.
 
     Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6; the authors' CLIP notebook.
     """
     check_model(model)
+    check_passes_gradients(model)
     with torch.inference_mode(False):
         with torch.no_grad():
             text_embeds, _ = _encode(model, "text", _text_inputs(model, input_ids, attention_mask))
@@ -105,6 +108,7 @@ def text_relevance(
         rests that goes nowhere else, often has much; `word_relevance` leaves it out.
     """
     check_model(model)
+    check_passes_gradients(model)
     with torch.inference_mode(False):
         with torch.no_grad():
             image_embeds, _ = _encode(model, "image", _image_inputs(model, pixel_values, interpolate_pos_encoding))
@@ -195,6 +199,7 @@ def class_attention(model: PreTrainedModel, pixel_values: torch.Tensor, **option
 
 def lambda_values(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Return λ of each layer of each differential tower, {"image": (layers,), "text": (layers,)}, float32."""
+    check_has_weights(model)
     found = {tower: _lambdas(model, tower) for tower in TOWERS}
     return {tower: torch.stack(values).cpu().numpy() for tower, values in found.items() if values}
 
@@ -410,6 +415,9 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"model is a {type(model).__name__}, which has no {' and no '.join(missing)}.")
     if model.training:
         raise ValueError("model is in training mode; it must be in evaluation mode: call model.eval().")
+    check_has_weights(model)
+    if isinstance(model, DiffCLIPPreTrainedModel):
+        return
     for module, _ in TOWERS.values():
         implementation = getattr(model, module).config._attn_implementation
         if implementation != "eager":
@@ -421,13 +429,13 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _image_inputs(model: Any, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> dict[str, Any]:
     # A copy, since a tensor that was made in inference mode can't be in a graph.
-    copy = pixel_values.detach().to(model.device, model.dtype, copy=True)
+    copy = pixel_values.detach().to(execution_device(model), model.dtype, copy=True)
     return {"pixel_values": copy, "interpolate_pos_encoding": interpolate_pos_encoding}
 
 
 def _text_inputs(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, Any]:
-    mask = None if attention_mask is None else attention_mask.to(model.device, copy=True)
-    return {"input_ids": input_ids.to(model.device, copy=True), "attention_mask": mask}
+    mask = None if attention_mask is None else attention_mask.to(execution_device(model), copy=True)
+    return {"input_ids": input_ids.to(execution_device(model), copy=True), "attention_mask": mask}
 
 
 def _encode(model: Any, tower: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
@@ -461,11 +469,19 @@ def _relevance(
     if differential:
         lambdas = _lambdas(model, tower)[first:]
         weights = [differential_attention_map(both, value) for both, value in zip(chosen, lambdas, strict=True)]
-    scale = model.logit_scale.detach().float().exp().to(embeds.device)
+    scale = logit_scale_factor(model).to(embeds.device)
     found = []
     for other in others.to(embeds.device):
         # A score depends on its own example's maps alone, so the sum's gradient is every score's.
-        gradients = torch.autograd.grad((scale * embeds @ other).sum(), chosen, retain_graph=True)
+        score = (scale * embeds @ other).sum()
+        gradients: Any = [None]
+        if score.requires_grad:
+            gradients = torch.autograd.grad(score, chosen, retain_graph=True, allow_unused=True)
+        if any(gradient is None for gradient in gradients):
+            raise ValueError(
+                "The model's layers pass no gradient on, as those with quantised activations don't; relevance needs a "
+                "model that isn't quantised, or whose weights alone are."
+            )
         # Only some rows of the product (1 + Ā_last)···(1 + Ā_first) are asked, so it is taken from its left end.
         row = one_hot(tokens, maps[0].shape[-1]).float()
         for weight, gradient in zip(reversed(weights), reversed(gradients), strict=True):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from .image_reading import read_image
+from .offloading_diffclip import check_has_weights, execution_device, logit_scale_factor
 from .processing_diffclip import check_text
 
 
@@ -248,8 +249,9 @@ class ZeroShotClassifier:
                 f"model is a {type(model).__name__}, which has a logit_bias: its scores are sigmoids, not a softmax "
                 "over labels. Use Transformers' zero-shot-image-classification pipeline."
             )
+        check_has_weights(model)
         if batch_size is None:
-            batch_size = CPU_BATCH_SIZE if model.device.type == "cpu" else BATCH_SIZE
+            batch_size = CPU_BATCH_SIZE if execution_device(model).type == "cpu" else BATCH_SIZE
         for name, value in (("batch_size", batch_size), ("text_batch_size", text_batch_size)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
@@ -346,10 +348,10 @@ class ZeroShotClassifier:
         """Return a batch's logits, float32, (batch, labels), on the CPU."""
         with _inference(self.model):
             outputs = self.model.get_image_features(
-                pixel_values=pixel_values.to(self.model.device, self.model.dtype), return_dict=True
+                pixel_values=pixel_values.to(execution_device(self.model), self.model.dtype), return_dict=True
             )
         image_embeds = normalize(outputs.pooler_output.float(), dim=-1).to(self.label_embeds.device)
-        scale = self.model.logit_scale.detach().float().exp().to(self.label_embeds.device)
+        scale = logit_scale_factor(self.model).to(self.label_embeds.device)
         return (scale * image_embeds @ self.label_embeds.t()).cpu()
 
     def _encode_texts(self, texts: list[str], indices: list[int], batch_size: int) -> torch.Tensor:
@@ -365,12 +367,12 @@ class ZeroShotClassifier:
             )
         # Texts of a length together, so that there's little padding; the longest first, which need the most memory.
         order = sorted(range(len(texts)), key=lambda row: -lengths[row])
-        chunks = []
+        device, chunks = execution_device(self.model), []
         disable = not self.progress_bar or len(texts) <= batch_size
         with logging.tqdm(total=len(texts), desc="Texts", unit="text", disable=disable) as bar:
             for start in range(0, len(texts), batch_size):
                 chunk = [texts[row] for row in order[start : start + batch_size]]
-                tokens = tokenizer(chunk, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+                tokens = tokenizer(chunk, padding=True, truncation=True, return_tensors="pt").to(device)
                 with _inference(self.model):
                     outputs = self.model.get_text_features(**tokens, return_dict=True)
                 chunks.append(normalize(outputs.pooler_output.float(), dim=-1))
