@@ -351,7 +351,7 @@ def test_inputs_go_to_the_models_device_and_dtype(processor, images, monkeypatch
         return SimpleNamespace(pooler_output=torch.ones(1, 24))
 
     model = DiffCLIPModel(tiny_config(text=TEXT)).to(torch.bfloat16)
-    monkeypatch.setattr(DiffCLIPModel, "device", torch.device("meta"))
+    monkeypatch.setattr("diffclip_hf.zero_shot.execution_device", lambda model: torch.device("meta"))
     monkeypatch.setattr(model, "get_text_features", features)
     monkeypatch.setattr(model, "get_image_features", features)
     ZeroShotClassifier(model, processor, ["cat"]).logits(images[0])
