@@ -2,8 +2,10 @@
 
 import io
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,6 +240,10 @@ GIVEN = {
     "column": lambda images, folder, dataset: dataset["photo"],
     "rows": lambda images, folder, dataset: ({"image": image, "other": 1} for image in images),
     "mixed": lambda images, folder, dataset: [images[0], *image_files(folder)[1:]],
+    "bytes": lambda images, folder, dataset: [encoded(image)["bytes"] for image in images],
+    "undecoded": lambda images, folder, dataset: [encoded(image) for image in images],
+    "file objects": lambda images, folder, dataset: [io.BytesIO(encoded(image)["bytes"]) for image in images],
+    "dataset with a transform": lambda images, folder, dataset: dataset.with_transform(lambda rows: rows),
 }
 
 
@@ -253,7 +259,7 @@ def test_every_kind_of_input_gives_the_same(model, processor, images, folder, da
 def test_one_image_gives_one_list(model, processor, images, folder):
     classifier = ZeroShotClassifier(model, processor, LABELS)
     first = classifier(images)[0]
-    for image in (images[0], folder / "0.png", str(folder / "0.png")):
+    for image in (images[0], folder / "0.png", str(folder / "0.png"), encoded(images[0])["bytes"], encoded(images[0])):
         assert_equal([classifier(image)], [first])
     assert_equal(classifier([images[0]]), [first])
 
@@ -441,6 +447,11 @@ def test_a_long_label_is_cut_with_one_warning(model, processor, images):
         ({"templates": "a {{}}"}, "templates has 'a {{}}'"),
         ({"templates": "a {label}"}, "templates has 'a {label}'"),
         ({"templates": [None]}, "templates has None"),
+        ({"templates": 3}, "templates is 3"),
+        ({"templates": "half a \ud83c {}"}, r"The text 'half a \ud83c {}' has half a character"),
+        ({"labels": ["cat", "pizza \ud83c"]}, r"The text 'pizza \ud83c' has half a character at place 6"),
+        ({"labels": {"cat": ["pizza \ud83c"]}}, r"The text 'pizza \ud83c' has half a character at place 6"),
+        ({"batch_size": "8"}, "batch_size is '8'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"text_batch_size": -1}, "text_batch_size is -1"),
         ({"processor": object()}, "processor is a object, which has no tokenizer and no image_processor"),
@@ -473,7 +484,13 @@ def test_images_that_are_refused(model, processor, images, folder, dataset, tmp_
     refused([images[0], str(broken)], "Image 1", "broken.png")
     refused(tmp_path, "Image 0", "broken.png")
     refused([images[0], tmp_path / "nowhere.png"], "Image 1", "nowhere.png")
-    refused([images[0], None], "Image 1", "NoneType")
+    refused([images[0], None], "Image 1", "There is no image")
+    refused("a photo of a cat", "Image 0 can't be read: There is no file 'a photo of a cat'")
+    refused(["\ud83c"], "Image 0 can't be read: There is no file")
+    refused([b"no picture"], "Image 0 can't be read", "isn't a picture of a format that is read")
+    refused([Image.new("RGB", (2000, 1))], "Image 0 can't be read", "200 times the other")
+    refused(None, "images is of type NoneType")
+    refused(images, "top_k is '1'", top_k="1")
     refused([images], "Image 0", "list")
     refused(tmp_path / "empty", "empty", "no pictures", ".png")
     refused([images[0], tmp_path / "empty"], "empty", "no pictures")
@@ -488,6 +505,19 @@ def test_images_that_are_refused(model, processor, images, folder, dataset, tmp_
     refused(
         datasets.Dataset.from_dict(rows, features=datasets.Features({"photo": datasets.Image()})), "Image 1 can't be"
     )
+
+
+def test_datasets_images_are_read_by_the_one_reader(model, processor, images, expected):
+    """`datasets` would open them with Pillow alone, which refuses this resolution, and runs Ghostscript on EPS."""
+    classifier = ZeroShotClassifier(model, processor, LABELS)
+    features = datasets.Features({"photo": datasets.Image()})
+    png = encoded(images[0])["bytes"]
+    broken = png[:33] + struct.pack(">I", 1) + b"pHYs\0" + struct.pack(">I", zlib.crc32(b"pHYs\0")) + png[33:]
+    dataset = datasets.Dataset.from_dict({"photo": [{"bytes": broken, "path": None}]}, features=features)
+    torch.testing.assert_close(classifier.logits(dataset), expected[:1], atol=1e-5, rtol=1e-5)
+    eps = {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "path": None}
+    with pytest.raises(ValueError, match=r"Image 0 can't be read.*isn't a picture"):
+        classifier(datasets.Dataset.from_dict({"photo": [eps]}, features=features))
 
 
 def test_an_image_column_is_chosen(model, processor, dataset, expected):

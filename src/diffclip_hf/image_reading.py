@@ -380,7 +380,7 @@ def _read_elsewhere(path: str) -> bytes:
 
     def work() -> bytes:
         # What huggingface_hub brings.
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         with fsspec.open(path, "rb") as file:
             return file.read(URL_MEGABYTES * 1_000_000 + 1)

@@ -60,7 +60,7 @@ def _check_texts(text: Any) -> None:
         raise ValueError(f"A text is of type {type(text).__name__}; it must be a string.")
 
 
-def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
+def _forget_last_call(tokenizer: Any) -> None:
     """Turn off the truncation and padding that a call, or a file, has left in the Rust tokenizer."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
@@ -220,9 +220,11 @@ class DiffCLIPProcessor(ProcessorMixin):
         given = kwargs.keys() | (kwargs.get("text_kwargs") or {}).keys()
         for name in {"padding", "truncation"} - given:
             kwargs[name] = True
-        options = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )["text_kwargs"]
+        # Its annotation says an instance, where Transformers itself passes the class.
+        merge: Any = self._merge_kwargs
+        options = merge(self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)[
+            "text_kwargs"
+        ]
         # Of Transformers' processors whose texts have places for images.
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             options.pop(name, None)

@@ -120,6 +120,23 @@ def _image_column(images: Any) -> str:
     return columns[0]
 
 
+def _undecoded(images: Any, image_column: str | None) -> Any:
+    """Return a dataset with its images as their files have them, for `read_image` rather than for `datasets`.
+
+    A transform or a mode that was chosen for the dataset is kept, and its images are then decoded by `datasets`.
+    """
+    features = getattr(images, "features", None)
+    if not isinstance(features, Mapping) or not hasattr(images, "cast_column"):
+        return images
+    found = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    column = image_column or (found[0] if len(found) == 1 else None)
+    if column not in found or features[column].mode is not None or not features[column].decode:
+        return images
+    if (getattr(images, "format", None) or {}).get("type") == "custom":
+        return images
+    return images.with_format(None).cast_column(column, type(features[column])(decode=False))
+
+
 def label_texts(labels: Any, templates: Any) -> tuple[list[str], list[str], list[int]]:
     """Check and combine labels and templates.
 
@@ -308,7 +325,7 @@ class ZeroShotClassifier:
 
     def _batches(self, images: Any, image_column: str | None) -> Iterator[torch.Tensor]:
         """Yield each batch's logits, (at most batch_size, labels)."""
-        sources, total = _sources(images)
+        sources, total = _sources(_undecoded(images, image_column))
         pixel_values = self._read_all(sources, image_column)
         disable = not self.progress_bar or total == 1
         with logging.tqdm(total=total, desc="Images", unit="image", disable=disable) as bar:
@@ -339,7 +356,7 @@ class ZeroShotClassifier:
             yield pixel_values
 
     def _pixel_values(self, source: Any) -> torch.Tensor:
-        if not _is_single(source):
+        if source is not None and not _is_single(source):
             raise ValueError(f"it is of type {type(source).__name__}, which isn't an image's, a path's or a URL's.")
         image = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_image(source)
         return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
