@@ -10,7 +10,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-rest lint types docs pytest pytest-slow pytest-oldest embedded clean
+.PHONY: demo test test-all test-rest lint types docs pytest pytest-slow pytest-oldest embedded embedded-code clean
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python embedded/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(LABELS),--labels "$(LABELS)")
@@ -49,6 +49,10 @@ pytest-oldest: $(OLDEST)/.ready
 embedded: $(VENV)/.dev-ready
 	$(VENV)/bin/python embedded/train.py --output-dir build/embedded --cache-dir .cache/embedded
 	$(VENV)/bin/python embedded/evaluate.py --model build/embedded --cache-dir .cache/embedded
+
+# The embedded model's copies of the code that travels, after a change to it; a test compares them.
+embedded-code: $(VENV)/.dev-ready
+	$(VENV)/bin/python -c "import diffclip_hf; diffclip_hf.add_remote_code('embedded/diffclip-emoji')"
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

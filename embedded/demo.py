@@ -11,7 +11,6 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from transformers import pipeline
@@ -164,8 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [path.name for path in paths]
     known = PICTURES if args.image is None else {}
     answers = [answer if (answer := known.get(name)) in labels else None for name in names]
-    # The weights are stored in float16 to keep the repository small.
-    classifier = pipeline("zero-shot-image-classification", model=str(MODEL), dtype=torch.float32, device="cpu")
+    classifier = pipeline("zero-shot-image-classification", model=str(MODEL), device="cpu")
     results = classifier(pictures, candidate_labels=labels, hypothesis_template="{}")
     sys.stdout.write(table(names, answers, results) + "\n")
     whose = "Noto's drawings, unseen in training" if args.image is None else "The embedded model"

@@ -18,7 +18,13 @@ from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
+from diffclip_hf import (
+    DiffCLIPConfig,
+    DiffCLIPImageProcessorPil,
+    DiffCLIPModel,
+    DiffCLIPProcessor,
+    add_remote_code,
+)
 from diffclip_hf.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 
 
@@ -235,9 +241,13 @@ def make_processor(tokenizer: PreTrainedTokenizerBase) -> DiffCLIPProcessor:
 
 
 def save(model: DiffCLIPModel, processor: DiffCLIPProcessor, folder: Path) -> None:
-    """Write the model in float16 with its processor."""
+    """Write the model with its processor and its code: stored in float16, to be loaded as float32."""
     model.half().save_pretrained(folder)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = torch.float32
+    model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
+    add_remote_code(folder)
 
 
 def main() -> None:

@@ -1,0 +1,217 @@
+"""Exact differential attention on the CPU that holds the maps of one block at a time, small enough for its caches."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+# Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/speed.py. Smaller
+# blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
+BLOCK_ENTRIES_PER_THREAD = 2**18
+# Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
+LEAST_ROWS = 256
+
+# Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
+_NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+
+
+def fits_one_block(query: torch.Tensor) -> bool:
+    """Say whether the maps of the whole batch, of queries (batch, num_heads, tokens, head_dim), are one block."""
+    batch_size, num_heads, length, _ = query.shape
+    return batch_size * num_heads * length * length <= BLOCK_ENTRIES_PER_THREAD * torch.get_num_threads()
+
+
+def _blocks(
+    query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
+) -> Iterator[tuple[slice, slice, slice, slice, slice, torch.Tensor | None]]:
+    """Cut attention into blocks of batch rows, pairs and query rows: whole batch rows, else pairs, else query rows.
+
+    Yields each block's batch rows, pairs, their heads, query rows, the keys that its queries can see, and its
+    `score_bias`.
+    """
+    batch_size, num_heads, length, _ = query.shape
+    num_threads = torch.get_num_threads()
+    entries = BLOCK_ENTRIES_PER_THREAD * num_threads
+    # Half as many entries where batch rows are put together, since q, k and v are copied for it.
+    batch = max(1, entries // 2 // (num_heads * length * length))
+    # A batched product runs one matrix a thread.
+    pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
+    row_count = max(LEAST_ROWS, entries // (2 * pairs * length))
+    for batch_start in range(0, batch_size, batch):
+        batch_rows = slice(batch_start, min(batch_size, batch_start + batch))
+        for pair_start in range(0, num_heads // 2, pairs):
+            block_pairs = slice(pair_start, pair_start + pairs)
+            heads = slice(2 * pair_start, 2 * (pair_start + pairs))
+            for row_start in range(0, length, row_count):
+                rows = slice(row_start, min(length, row_start + row_count))
+                keys = slice(rows.stop if is_causal and attention_mask is None else length)
+                bias = score_bias(attention_mask, is_causal, batch_rows, rows, query.dtype)
+                yield batch_rows, block_pairs, heads, rows, keys, bias
+
+
+def score_bias(
+    attention_mask: torch.Tensor | None, is_causal: bool, batch: slice, rows: slice, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Return what is added to a block's scores, or None.
+
+    Args:
+        attention_mask: Bool, true where a query attends to a key, or added to the scores, broadcastable to (batch, 1,
+            tokens, tokens); or None.
+        is_causal: Whether queries see earlier tokens alone, where there is no mask.
+        batch, rows: The block.
+        dtype: Of the scores.
+
+    Returns:
+        A tensor broadcastable to (batch, pairs, rows, keys).
+    """
+    lowest = torch.finfo(dtype).min  # Not -inf, so that a row without a key isn't NaN; as Transformers' eager masks.
+    if attention_mask is not None:
+        mask = attention_mask[batch if len(attention_mask) > 1 else slice(None)]
+        mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None)]
+        if mask.dtype == torch.bool:
+            return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+        return mask.to(dtype)
+    if is_causal:
+        return torch.full((rows.stop - rows.start, rows.stop), lowest, dtype=dtype).triu_(rows.start + 1)
+    return None
+
+
+def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better.
+
+    Args:
+        query, key: A block's, (batch, heads, tokens, head_dim).
+        bias: Broadcastable to (batch, heads, tokens, tokens), or None.
+        scaling: Factor on the scores.
+
+    Returns:
+        (batch · heads, tokens, tokens).
+    """
+    batch_size, num_heads = query.shape[:2]
+    if bias is not None and bias.ndim == 4:
+        bias = bias.expand(batch_size, num_heads, *bias.shape[2:]).flatten(0, 1)
+    beta = 0 if bias is None else 1
+    # The factor and the bias within the product: on a CPU each would be a pass over the scores.
+    scores = torch.baddbmm(
+        query.new_empty(1, 1, 1) if bias is None else bias,
+        query.flatten(0, 1),
+        key.flatten(0, 1).transpose(1, 2),
+        beta=beta,
+        alpha=scaling,
+    )
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def blocked_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Differential attention, (A1 − λ·A2)·v, block by block; equal to the eager formula.
+
+    Args:
+        query, key: (batch, num_heads, tokens, head_dim); heads 2i and 2i+1 make the two maps of pair i.
+        value: (batch, num_heads / 2, tokens, 2 · head_dim).
+        attention_mask: As in `score_bias`.
+        lambda_value: λ, without dimensions.
+        scaling: Factor on the scores.
+        is_causal: Whether a query attends to earlier tokens and itself alone, where there is no mask.
+
+    Returns:
+        (batch, tokens, num_heads / 2, 2 · head_dim), in the query's dtype; without gradients, which
+        `blocked_differential_attention` has.
+
+    Source: paper arXiv 2503.06626, section 3.
+    """
+    weight = lambda_value.item()
+    output = value.new_empty(value.transpose(1, 2).shape)
+    for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
+        maps = _maps(query[batch, heads, rows], key[batch, heads, keys], bias, scaling)
+        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
+        block = torch.bmm(difference, value[batch, pairs, keys].flatten(0, 1))
+        output[batch, rows, pairs] = block.unflatten(0, (batch.stop - batch.start, -1)).transpose(1, 2)
+    return output
+
+
+# `blocked_forward` with gradients, by blocks too: the maps are computed again in the backward pass, so that memory
+# doesn't grow with tokens² beyond one block. An operator of PyTorch's, which `torch.compile` calls as it is, whatever
+# the sizes.
+blocked_differential_attention = torch.library.custom_op(
+    f"{_NAMESPACE}::differential_attention", blocked_forward, mutates_args=(), device_types="cpu"
+)
+
+
+@blocked_differential_attention.register_fake
+def _(query, key, value, attention_mask, lambda_value, scaling, is_causal):
+    return value.new_empty(value.transpose(1, 2).shape)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::differential_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key, value and λ.
+
+    With M = A1 − λ·A2 and G the output's gradient: dM = G·vᵀ, dv = Mᵀ·G, dA1 = dM, dA2 = −λ·dM, dλ = −Σ A2·dM.
+    """
+    weight = lambda_value.item()
+    grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
+    grad_key.zero_(), grad_value.zero_()
+    grad_lambda = 0.0
+    for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
+        shape = (batch.stop - batch.start, -1)
+        block_query, block_key = query[batch, heads, rows], key[batch, heads, keys]
+        grad = grad_output[batch, rows, pairs].transpose(1, 2).flatten(0, 1)
+        maps = _maps(block_query, block_key, bias, scaling)
+        grad_difference = torch.bmm(grad, value[batch, pairs, keys].flatten(0, 1).transpose(1, 2))
+        grad_lambda -= torch.linalg.vecdot(maps[1::2], grad_difference).sum(dtype=torch.float64).item()
+        grad_maps = torch.stack([grad_difference, grad_difference * -weight], dim=1).flatten(0, 1)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_maps, maps, -1, grad_maps.dtype)
+        block = torch.bmm(grad_scores, block_key.flatten(0, 1)).mul_(scaling)
+        grad_query[batch, heads, rows] = block.unflatten(0, shape)
+        block = torch.bmm(grad_scores.transpose(1, 2), block_query.flatten(0, 1))
+        grad_key[batch, heads, keys].add_(block.unflatten(0, shape), alpha=scaling)
+        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
+        grad_value[batch, pairs, keys] += torch.bmm(difference.transpose(1, 2), grad).unflatten(0, shape)
+    return grad_query, grad_key, grad_value, lambda_value.new_tensor(grad_lambda)
+
+
+def _backward_buffers(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return room for the gradients, (batch, tokens, heads, width) in memory, as the projections' outputs are."""
+    query, key, value = (
+        tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)
+    )
+    return query, key, value
+
+
+@_backward.register_fake
+def _(grad_output, query, key, value, attention_mask, lambda_value, scaling, is_causal):
+    return *_backward_buffers(query, key, value), torch.empty_like(lambda_value)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scaling, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad_output):
+    grad_query, grad_key, grad_value, grad_lambda = _backward(
+        grad_output, *ctx.saved_tensors, ctx.scaling, ctx.is_causal
+    )
+    return grad_query, grad_key, grad_value, None, grad_lambda, None, None
+
+
+blocked_differential_attention.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,128 @@
+"""What DiffCLIP's models take: checks of their arguments, each with one line that names the mend."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.utils.generic import TransformersKwargs
+
+
+# What Transformers, and models that hold a tower of ours, pass on to every model.
+TRANSFORMERS_KWARGS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
+
+
+def check_keyword_arguments(method: Callable, kwargs: dict[str, Any]) -> None:
+    """Raise a TypeError for a keyword argument that neither the method nor Transformers knows.
+
+    `inputs_embeds` is unknown too, since a text is pooled where its end-of-text id stands; None is dropped, as PEFT
+    gives it.
+    """
+    if kwargs.get("inputs_embeds") is None:
+        kwargs.pop("inputs_embeds", None)
+    unknown = [name for name in kwargs if name not in TRANSFORMERS_KWARGS]
+    if unknown:
+        raise TypeError(_unknown_argument(method, unknown[0]))
+
+
+def _unknown_argument(method: Callable, name: str) -> str:
+    if name == "inputs_embeds":
+        return f"{method.__qualname__} takes no inputs_embeds; give input_ids, whose end-of-text token is pooled."
+    own = [key for key, value in inspect.signature(method).parameters.items() if value.kind != value.VAR_KEYWORD]
+    known = [key for key in own if key != "self"]
+    close = difflib.get_close_matches(name, [*known, *sorted(TRANSFORMERS_KWARGS)], n=1)
+    hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
+    return f"{method.__qualname__} takes no {name}; {hint}"
+
+
+def _check_is_tensor(name: str, value: Any, mend: str) -> None:
+    if isinstance(value, torch.Tensor):
+        return
+    if hasattr(value, "keys"):
+        mend = "call model(**inputs) rather than model(inputs)"
+    raise TypeError(f"{name} is of type {type(value).__name__}; it must be a tensor: {mend}.")
+
+
+def check_input_ids(input_ids: Any, max_length: int) -> torch.Tensor:
+    """Return `input_ids`, or raise an error with one plain line where they can't be token ids, (batch, tokens).
+
+    Args:
+        input_ids: What was given.
+        max_length: The most tokens that the model takes.
+
+    Raises:
+        TypeError: It isn't a tensor.
+        ValueError: It is None, not of integers, empty, or too long.
+    """
+    if input_ids is None:
+        raise ValueError("input_ids is None; it must hold token ids, (batch, tokens).")
+    _check_is_tensor("input_ids", input_ids, "for texts, processor(text=[...], return_tensors='pt').input_ids")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids is {input_ids.dtype}, of shape {tuple(input_ids.shape)}; it must hold token ids, torch.int64: "
+            "images are given by name, pixel_values=..."
+        )
+    if input_ids.ndim == 0 or input_ids.shape[-1] == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, tokens), with at least one token."
+        )
+    if input_ids.shape[-1] > max_length:
+        raise ValueError(
+            f"input_ids has {input_ids.shape[-1]} tokens a row; it must have at most {max_length} "
+            "(config.max_position_embeddings). Tokenize with truncation=True."
+        )
+    return input_ids
+
+
+def check_text_companion(name: str, value: Any, input_ids: torch.Tensor) -> None:
+    """Raise an error with one plain line where a mask or positions don't go with `input_ids`.
+
+    Args:
+        name: The argument's name.
+        value: What was given: None, or a tensor of the shape of `input_ids`, or of four dimensions.
+        input_ids: Token ids, (batch, tokens).
+    """
+    if value is None:
+        return
+    _check_is_tensor(name, value, "processor(text=[...], return_tensors='pt') gives it with the input_ids")
+    if value.ndim <= 2 and value.shape[-1:] != input_ids.shape[-1:]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; its last dimension must be that of input_ids, which has shape "
+            f"{tuple(input_ids.shape)}."
+        )
+
+
+def check_pixel_values(pixel_values: Any, num_channels: int) -> torch.Tensor:
+    """Return `pixel_values`, or raise an error with one plain line where they can't be images, (batch, channels, …).
+
+    Args:
+        pixel_values: What was given.
+        num_channels: How many channels the model takes.
+
+    Raises:
+        TypeError: It isn't a tensor.
+        ValueError: It is None, not of floating-point numbers, or of another number of dimensions or channels.
+    """
+    if pixel_values is None:
+        raise ValueError("pixel_values is None; it must hold images, (batch, channels, height, width).")
+    mend = "for pictures, processor(images=..., return_tensors='pt').pixel_values"
+    _check_is_tensor("pixel_values", pixel_values, mend)
+    shape = tuple(pixel_values.shape)
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values is {pixel_values.dtype}, of shape {shape}; it must hold the image processor's "
+            f"floating-point numbers: {mend}."
+        )
+    if pixel_values.ndim != 4:
+        one = ": give one image as pixel_values[None]" if pixel_values.ndim == 3 else ""
+        raise ValueError(f"pixel_values has shape {shape}; it must be (batch, channels, height, width){one}.")
+    if shape[1] != num_channels:
+        raise ValueError(
+            f"pixel_values has shape {shape}, with {shape[1]} channels; it must be (batch, channels, height, width), "
+            f"with {num_channels} channels (config.num_channels)."
+        )
+    return pixel_values
+
+
+__all__ = ["check_input_ids", "check_keyword_arguments", "check_pixel_values", "check_text_companion"]
