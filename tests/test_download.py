@@ -1,8 +1,6 @@
 """Fetching a checkpoint by its repository id, with huggingface_hub's own client against a Hub on loopback."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import convert_original_checkpoint as conversion
@@ -12,7 +10,6 @@ from parity_models import FIXTURES
 
 
 CONVERSION = Path(conversion.__file__).parent
-# Fetches each of a list of arguments in one process: the client reads where the Hub is when it is imported.
 FETCH = """
 import json, sys, time
 from download import ConversionError, download_checkpoint
@@ -39,20 +36,19 @@ def add(hub: HubServer, tmp_path: Path, repo: str, content: bytes = b"weights" *
     return hub.add(repo, folder, **options)
 
 
-def fetch(hub: HubServer, tmp_path: Path, cases: list[list], token: str | None = None, **environment) -> list[list]:
-    """Return [content in hex, commit] or [message, None] for each case of (repository, file, revision, token)."""
-    done = subprocess.run(
-        [sys.executable, "-c", FETCH, json.dumps(cases)],
-        env={**hub.environment(tmp_path / "home", token), "PYTHONPATH": str(CONVERSION), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture
+def fetch(warm_python, tmp_path, hub):
+    """Fetches each case of (repository, file, revision, token): [content in hex, commit] or [message, None]."""
+
+    def run(cases: list[list], home: str = "home", token: str | None = None, **environment: str) -> list[list]:
+        environment = {**hub.environment(tmp_path / home, token), **environment}
+        printed = warm_python.run("-c", FETCH, json.dumps(cases), folder=CONVERSION, environment=environment)
+        return [json.loads(line) for line in printed.splitlines()]
+
+    return run
 
 
-def test_each_refusal_names_what_to_change(tmp_path, hub):
+def test_each_refusal_names_what_to_change(tmp_path, hub, fetch):
     file = "checkpoint_best.pt"
     for name, options in {"open": {}, "private": {"private": True}, "gated": {"gated": True}}.items():
         add(hub, tmp_path, f"org/{name}", **options)
@@ -75,56 +71,50 @@ def test_each_refusal_names_what_to_change(tmp_path, hub):
         "--repo-id org/busy: the Hub asks to slow down (429)": ["org/busy", file, None, None],
         "--repo-id org/broken: the Hub answered 500": ["org/broken", file, None, None],
     }
-    found = fetch(hub, tmp_path, list(cases.values()))
+    found = fetch(list(cases.values()))
     for words, (message, commit) in zip(cases, found, strict=True):
         assert words in message
         assert commit is None
         assert READER not in message
 
 
-def test_a_token_opens_a_private_repository(tmp_path, hub):
+def test_a_token_opens_a_private_repository(tmp_path, hub, fetch):
     commit = add(hub, tmp_path, "org/private", private=True)
     case = ["org/private", "checkpoint_best.pt", None]
     expected = [(b"weights" * 50_000).hex(), commit]
-    assert fetch(hub, tmp_path, [[*case, WRITER]]) == [expected]
+    assert fetch([[*case, WRITER]]) == [expected]
     # From the cache, for which the Hub isn't asked, and from the environment's token.
-    assert fetch(hub, tmp_path, [[*case, None]], HF_HUB_OFFLINE="1") == [expected]
-    assert fetch(hub, tmp_path / "anew", [[*case[:2], commit, None]], token=WRITER) == [expected]
+    assert fetch([[*case, None]], HF_HUB_OFFLINE="1") == [expected]
+    assert fetch([[*case[:2], commit, None]], "anew", token=WRITER) == [expected]
 
 
-def test_a_lost_connection(tmp_path, hub):
+def test_a_lost_connection(tmp_path, hub, fetch):
     commit = add(hub, tmp_path, "org/open")
     case = ["org/open", "checkpoint_best.pt", None, None]
-    (offline,) = fetch(hub, tmp_path, [case], HF_HUB_OFFLINE="1")
+    (offline,) = fetch([case], HF_HUB_OFFLINE="1")
     assert "checkpoint_best.pt isn't in the cache and the Hub can't be reached" in offline[0]
     assert "pass --checkpoint" in offline[0]
-    (unreachable,) = fetch(hub, tmp_path, [case], HF_ENDPOINT="http://127.0.0.1:9")
+    (unreachable,) = fetch([case], HF_ENDPOINT="http://127.0.0.1:9")
     assert "the Hub can't be reached" in unreachable[0]
     # Cut at half the file: the client asks for the rest.
     hub.fail("GET", "/cdn/", times=1, cut=True)
-    assert fetch(hub, tmp_path, [case]) == [[(b"weights" * 50_000).hex(), commit]]
+    assert fetch([case]) == [[(b"weights" * 50_000).hex(), commit]]
 
 
-def test_a_file_of_another_hash_is_removed(tmp_path, hub):
+def test_a_file_of_another_hash_is_removed(tmp_path, hub, fetch):
     commit = add(hub, tmp_path, "org/open")
     case = ["org/open", "checkpoint_best.pt", None, None]
     hub.fail("GET", "/cdn/", times=1, flip_at=1000)
-    first, second = fetch(hub, tmp_path, [case, case])
+    first, second = fetch([case, case])
     assert "checkpoint_best.pt came with SHA-256" in first[0]
     assert "The damaged file was removed" in first[0]
     assert second == [(b"weights" * 50_000).hex(), commit]
 
 
-def test_a_known_repository_converts_in_one_command(tmp_path, hub):
+def test_a_known_repository_converts_in_one_command(tmp_path, hub, warm_python):
     commit = add(hub, tmp_path, "hammh0a/DiffCLIP_ViTB16_CC12M", (FIXTURES / "diffclip-tiny.pt").read_bytes())
-    command = [sys.executable, conversion.__file__, "--repo-id", "hammh0a/DiffCLIP_ViTB16_CC12M", "--token", READER]
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "out")],
-        env=hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [conversion.__file__, "--repo-id", "hammh0a/DiffCLIP_ViTB16_CC12M", "--token", READER]
+    done = warm_python([*command, "--output-dir", tmp_path / "out"], tmp_path, hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
     assert (report["variant"], report["assumptions"]) == ("diffclip", [])

@@ -6,8 +6,8 @@ The default tests block the package; the slow one makes a virtual environment th
 import os
 import shutil
 import subprocess
-import sys
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL
@@ -97,37 +97,56 @@ def work(hub, tmp_path) -> Path:
     return tmp_path
 
 
-def run(hub: HubServer, work: Path, code: str, python: str | Path = sys.executable, **environment: str) -> str:
-    """Run code in a fresh Python and return what it printed."""
-    inherited = hub.environment(work / "home")
-    if python != sys.executable:
-        inherited.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(python), "-c", code],
-        cwd=work,
-        env=inherited | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def blocked(hub, work, warm_python):
+    """Runs code in a process that finds no package, and returns what it printed."""
+
+    def run(code: str, **environment: str) -> str:
+        environment = hub.environment(work / "home") | environment
+        return warm_python.run("-c", WITHOUT_PACKAGE + NO_PACKAGE + code, folder=work, environment=environment)
+
+    return run
 
 
-def check_all(hub: HubServer, work: Path, prelude: str, python: str | Path = sys.executable) -> None:
+@pytest.fixture
+def fresh(hub, work, tmp_path_factory):
+    """Runs code in a virtual environment with transformers, torch and Pillow, without which Transformers reads no
+    pictures, and nothing else."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+    wanted = [f"{name}=={version}" for name, version in (versions | {"pillow": PIL.__version__}).items()]
+
+    def call(arguments: list[str], environment: dict[str, str]) -> str:
+        environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [python, *arguments], cwd=work, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def run(code: str, **environment: str) -> str:
+        return call(["-c", NO_PACKAGE + code], hub.environment(work / "home") | environment)
+
+    call(["-m", "pip", "install", "--quiet", *wanted], dict(os.environ))
+    yield run
+    shutil.rmtree(folder)
+
+
+def check_all(run: Callable, hub: HubServer, work: Path) -> None:
     """Load from the Hub, run, save; then load and save again in a process without network and with no cache."""
-    run(hub, work, prelude + LOGITS + FROM_THE_HUB, python)
+    run(LOGITS + FROM_THE_HUB)
     for path in (work / "home", *(work / "again").rglob("__pycache__")):
         shutil.rmtree(path)
     asked = len(hub.requests)
-    run(hub, work, prelude + LOGITS + FROM_THE_FOLDER, python, HF_HUB_OFFLINE="1")
+    run(LOGITS + FROM_THE_FOLDER, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == asked
 
 
-def check_refusals(hub: HubServer, work: Path, prelude: str, python: str | Path = sys.executable) -> None:
+def check_refusals(run: Callable, hub: HubServer) -> None:
     """Without trust and without the package, the error says the one way out and links to where both are."""
-    messages = run(hub, work, prelude + REFUSED.format(repo=REPO), python).split("\0")[:-1]
+    messages = run(REFUSED.format(repo=REPO)).split("\0")[:-1]
     assert len(messages) == 4
     for message in messages:
         assert "trust_remote_code=True" in message
@@ -139,15 +158,15 @@ def check_refusals(hub: HubServer, work: Path, prelude: str, python: str | Path 
     assert "`trust_remote_code=True`" in top
 
 
-def test_loads_runs_saves_and_loads_again(hub, work):
-    check_all(hub, work, WITHOUT_PACKAGE + NO_PACKAGE)
+def test_loads_runs_saves_and_loads_again(blocked, hub, work):
+    check_all(blocked, hub, work)
 
 
-def test_the_error_leads_to_both_ways_out(hub, work):
-    check_refusals(hub, work, WITHOUT_PACKAGE + NO_PACKAGE)
+def test_the_error_leads_to_both_ways_out(blocked, hub):
+    check_refusals(blocked, hub)
 
 
-def test_without_code_the_error_names_the_architecture(hub, work):
+def test_without_code_the_error_names_the_architecture(blocked, hub):
     code = f"""
 from transformers import AutoModel
 try:
@@ -157,23 +176,12 @@ except ValueError as error:
 else:
     raise AssertionError("loaded without any code")
 """
-    run(hub, work, WITHOUT_PACKAGE + code)
+    blocked(code)
     card = hub.head(f"{REPO}-no-code")["README.md"].content.decode()
     assert "install the package `diffclip-hf`" in card[: card.index("## Use")]
 
 
 @pytest.mark.slow
-def test_in_a_fresh_virtual_environment(hub, work, tmp_path_factory):
-    """With transformers, torch and Pillow, without which Transformers reads no pictures; and nothing else."""
-    folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, with_pip=True)
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
-    wanted = [f"{name}=={version}" for name, version in (versions | {"pillow": PIL.__version__}).items()]
-    install = [str(python), "-m", "pip", "install", "--quiet", *wanted]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(install, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    check_all(hub, work, NO_PACKAGE, python)
-    check_refusals(hub, work, NO_PACKAGE, python)
-    shutil.rmtree(folder)
+def test_in_a_fresh_virtual_environment(fresh, hub, work):
+    check_all(fresh, hub, work)
+    check_refusals(fresh, hub)
