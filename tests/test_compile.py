@@ -42,8 +42,8 @@ def fresh_dynamo():
         ("differential", "sdpa", "aot_eager"),
         ("standard", "eager", "aot_eager"),
         ("standard", "sdpa", "aot_eager"),
-        # Compiles C++ for half a minute, so once.
-        ("differential", "sdpa", "inductor"),
+        # Compiles C++ for half a minute.
+        pytest.param("differential", "sdpa", "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_serves_every_batch_and_text_length(attention_type, implementation, backend):

@@ -110,8 +110,7 @@ def blocked(hub, work, warm_python):
 
 @pytest.fixture
 def fresh(hub, work, tmp_path_factory):
-    """Runs code in a virtual environment with transformers, torch and Pillow, without which Transformers reads no
-    pictures, and nothing else."""
+    """Runs code in a virtual environment of transformers, torch and Pillow, without which no picture is read."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
