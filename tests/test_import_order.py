@@ -102,7 +102,7 @@ ARROWS = {
     "loading": {"commands"},
     "options": {"commands", "loading"},
     "training_counts": set(),
-    "training_data": {"loading", "image_reading", "label_names", "training_counts", "training_shards"},
+    "training_data": {"commands", "loading", "image_reading", "label_names", "training_counts", "training_shards"},
     "training_shards": {"training_counts"},
     "retrieval_metrics": set(),
     "checkpoints": set(),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .commands import CommandParser, run_command
+from .commands import CommandParser, require_extra, run_command
 from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache
 from .evaluation_model import Encoder, check_batches
 from .evaluation_presets import (
@@ -235,6 +235,7 @@ def run(args: argparse.Namespace) -> None:
         OSError: Something can't be read or written.
     """
     check_options(args)
+    require_extra("evaluation", "datasets", *(["sklearn"] if args.task == "linear-probe" else []))
     specs = dataset_specs(args)
     encoder = load_encoder(args)
     options = TaskOptions(

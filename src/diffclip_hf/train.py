@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, set_seed
+from transformers import set_seed
 
 from .checkpoints import last_checkpoint
 from .commands import run_command, stop_without_extra
@@ -34,6 +34,9 @@ from .zero_shot import label_texts
 
 
 try:
+    # Transformers' Trainer needs it, and says so in many lines.
+    import accelerate  # noqa: F401
+
     from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
     from .training_data import (
         ImageLabelCollator,
@@ -224,7 +227,7 @@ def contrastive_parts(
     return parts
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+def accuracy(prediction: Any) -> dict[str, float]:
     """Return the share of images whose most likely label is theirs."""
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
+from .commands import require_extra
 from .image_reading import open_image, orientation, read_encoded, to_rgb
 from .label_names import name_labels, own_labels, renumbered, wrong_labels
 from .loading import find_source
@@ -51,6 +52,7 @@ def _choose_column(columns: Sequence[str], usual: Sequence[str], told: str | Non
 
 def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
     """Read a map-style data set of the `datasets` library, whichever way it is stored."""
+    require_extra("training", "datasets")
     import datasets
 
     if not source.endswith(".parquet"):
@@ -122,6 +124,7 @@ def load_image_text_dataset(
             max_skipped_share=max_skipped_share,
             max_broken_share=max_broken_share,
         )
+    require_extra("training", "datasets")
     import datasets
 
     dataset = _load(source, split, load_options)
@@ -155,6 +158,7 @@ def load_own_labels(
         ValueError: A column isn't found or isn't the only one of its kind, labels are of another type, or the split
             isn't there.
     """
+    require_extra("training", "datasets")
     import datasets
 
     if names_shards(source):
@@ -198,6 +202,7 @@ def load_image_label_dataset(
         ValueError: A column isn't found or isn't the only one of its kind, the labels have no names, it isn't sure
             which of `label_names` are theirs, or the split isn't there.
     """
+    require_extra("training", "datasets")
     import datasets
 
     dataset, own, column = load_own_labels(
