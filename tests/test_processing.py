@@ -168,8 +168,15 @@ def test_texts_with_half_a_character_are_named(tokenizer_class):
     for text in (HALF_AN_EMOJI, ["a", HALF_AN_EMOJI]):
         with pytest.raises(ValueError, match=r"The text 'a pizza \\ud83c' has half a character at place 8"):
             processor(text=text)
-    with pytest.raises(ValueError, match="half a character"):
-        tiny_clip_tokenizer(DiffCLIPTokenizer)([["a", HALF_AN_EMOJI]], is_split_into_words=True)
+    tokenizer = tiny_clip_tokenizer(DiffCLIPTokenizer)
+    for call in (
+        lambda: tokenizer([["a", HALF_AN_EMOJI]], is_split_into_words=True),
+        lambda: tokenizer("a", HALF_AN_EMOJI),
+        lambda: tokenizer.encode(HALF_AN_EMOJI),
+        lambda: tokenizer.tokenize(HALF_AN_EMOJI),
+    ):
+        with pytest.raises(ValueError, match="half a character"):
+            call()
     check_text("a pizza \U0001f355")
     check_text(HALF_AN_EMOJI.encode(errors="replace").decode())
 
