@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,8 @@ def check_options(args: argparse.Namespace) -> None:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ValueError(f"{names} can't be used with --task {args.task}.")
     check_batches(args.batch_size, args.num_workers)
+    if args.revision is not None and os.path.isdir(args.model):
+        raise ValueError(f"--revision can't be used with {args.model}, a folder; only the Hub has revisions.")
 
 
 def load_encoder(args: argparse.Namespace) -> Encoder:

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from .commands import require_extra
 from .evaluation_keys import files_digest, image_digest
 from .evaluation_presets import DatasetSpec, local_files
-from .label_names import match_labels, name_labels, read_label_names, wrong_labels
+from .label_names import match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from .training_counts import non_empty_captions
 from .training_data import load_image_text_dataset, load_own_labels
 from .training_shards import names_shards
@@ -172,11 +172,17 @@ def with_names(part: Labelled, names: Sequence[str]) -> Labelled:
     return Labelled(part.dataset, torch.tensor(indices)[part.labels], list(names), part.split)
 
 
-def _captions(spec: DatasetSpec, found: str | Sequence[str] | None) -> list[str]:
-    """Return a row's captions, those that are one text apart."""
-    if isinstance(found, str) and spec.caption_separator is not None:
-        found = found.split(spec.caption_separator)
-    return non_empty_captions(found)
+def _captions(spec: DatasetSpec, dataset: "datasets.Dataset", split: str) -> list[list[str]]:
+    """Return each row's captions, those that are one text apart."""
+    captions = []
+    for row, found in enumerate(read_texts(dataset, "caption")):
+        if isinstance(found, str) and spec.caption_separator is not None:
+            found = found.split(spec.caption_separator)
+        try:
+            captions.append(non_empty_captions(found))
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: row {row} of the split {split}: {error}.") from error
+    return captions
 
 
 def _load_rows(spec: DatasetSpec, split: str) -> "datasets.Dataset":
@@ -200,7 +206,7 @@ def load_captioned(spec: DatasetSpec, split: str) -> Captioned:
         ValueError: As `load_image_text_dataset` raises; it names tar shards; or a row has no image or no caption.
     """
     dataset = _load_rows(spec, split)
-    captions_of_row = [_captions(spec, found) for found in dataset["caption"]]
+    captions_of_row = _captions(spec, dataset, split)
     if empty := [row for row, captions in enumerate(captions_of_row) if not captions]:
         raise _refusal(spec, split, empty[0], "no caption", len(empty), len(captions_of_row))
     captions: list[str] = []
@@ -283,8 +289,7 @@ def _load_pair_rows(spec: DatasetSpec, split: str) -> "tuple[datasets.Dataset, l
     """Return the images, each row's statement, and its pattern, `all` where there is no column for it."""
     dataset = _load_rows(spec, split)
     statements = []
-    for row, found in enumerate(dataset["caption"]):
-        texts = non_empty_captions(found)
+    for row, texts in enumerate(_captions(spec, dataset, split)):
         if len(texts) != 1:
             raise ValueError(f"{spec.name}: row {row} of the split {split} has {len(texts)} statements, not one.")
         statements += texts

@@ -22,6 +22,7 @@ from .evaluation_keys import (
 )
 from .image_reading import read_encoded, read_image
 from .loading import check_device, load_model, load_processor
+from .processing_diffclip import check_text
 from .zero_shot import BATCH_SIZE, CPU_BATCH_SIZE
 
 
@@ -85,13 +86,6 @@ def check_batches(batch_size: int | None, num_workers: int) -> None:
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}.")
-
-
-def check_texts(texts: Sequence[str]) -> None:
-    """Raise a ValueError for a text that has half of a character, which no tokenizer takes."""
-    for index, text in enumerate(texts):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"Text {index}, {text!r:.200}, has half of a character (a lone surrogate).")
 
 
 class Encoder:
@@ -232,7 +226,8 @@ class Encoder:
         Raises:
             ValueError: A text has half of a character.
         """
-        check_texts(texts)
+        for text in texts:
+            check_text(text)
         self.model.eval()
         batches = self._tokenize(texts)
         # Whatever the tokenizer is, its tokens are what the model sees.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .commands import require_extra
 from .evaluation_data import Labelled, load_captioned, load_labelled, load_pairs, with_names
@@ -26,6 +27,7 @@ from .retrieval_metrics import recall_at_k
 from .zero_shot import label_texts, mean_label_embeds
 
 
+logger = logging.get_logger(__name__)
 # What El Banani et al. 2023 hold out where there is no validation split.
 HELD_OUT_SHARE = 0.2
 EPISODE_OPTIONS = ("ways", "shots", "queries", "episodes", "seed")
@@ -66,6 +68,8 @@ def zero_shot(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict
     part = load_labelled(spec, spec.split)
     # Names may be alike, as two of ImageNet's are, so the index is what labels go by.
     names = {str(index): name.replace("_", " ") for index, name in enumerate(part.names)}
+    if alike := len(names) - len(set(names.values())):
+        logger.warning("%s: %d labels have a name that another has too.", spec.name, alike)
     _, texts, indices = label_texts(names, spec.templates)
     label_embeds = mean_label_embeds(encoder.text_embeds(texts), indices, len(names))
     ranks = label_ranks(encoder.image_embeds(part.dataset, part.split), label_embeds, part.labels)

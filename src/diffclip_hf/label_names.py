@@ -10,10 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 
 if TYPE_CHECKING:
     import datasets
 
+logger = logging.get_logger(__name__)
 # Beyond what numbers labels.
 MOST_DIGITS = 18
 MEND = "or give a mapping from label to name (a file whose name ends in .json)"
@@ -141,6 +144,10 @@ def name_labels(
     if numbers is None:
         return _by_position(labels, names, column), names
     if 0 in numbers:
+        if max(numbers) + 1 < len(names):
+            logger.warning(
+                f"label_names has {len(names)} names; the labels of the column {column} go up to {max(numbers)}."
+            )
         if max(numbers) >= len(names):
             raise ValueError(
                 f"label_names has {len(names)} names; the column {column} has the label "
@@ -187,6 +194,23 @@ def wrong_labels(column: str, feature: Any) -> ValueError:
     )
 
 
+def read_texts(dataset: "datasets.Dataset", column: str) -> list[Any]:
+    """Return a column of texts, or of lists of texts.
+
+    Raises:
+        ValueError: A row isn't UTF-8, which Parquet files and the like don't ensure.
+    """
+    try:
+        return list(dataset[column])
+    except UnicodeDecodeError:
+        for row in range(len(dataset)):
+            try:
+                dataset[row][column]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"Row {row} of the column {column} isn't UTF-8: {error.object[:80]!r}.") from error
+        raise
+
+
 def own_labels(dataset: "datasets.Dataset", column: str) -> "tuple[datasets.Dataset, list[str]]":
     """Return the data set with its column `label` as indices, and what the labels are called there.
 
@@ -197,12 +221,18 @@ def own_labels(dataset: "datasets.Dataset", column: str) -> "tuple[datasets.Data
         column: What the column is called in errors.
 
     Raises:
-        ValueError: The column has another type.
+        ValueError: The column has another type, or an index without a name.
     """
     import datasets
+    import pyarrow.compute  # type: ignore[import-untyped]
 
     feature = dataset.features["label"]
     if isinstance(feature, datasets.ClassLabel):
+        largest = pyarrow.compute.max(dataset.data.column("label")).as_py()
+        if largest is not None and largest >= len(feature.names):
+            raise ValueError(
+                f"The column {column} has the index {largest}, and names for {len(feature.names)} labels."
+            )
         return dataset, list(feature.names)
     kind = getattr(feature, "dtype", "")
     if isinstance(feature, datasets.Value) and "int" in kind:
@@ -210,7 +240,7 @@ def own_labels(dataset: "datasets.Dataset", column: str) -> "tuple[datasets.Data
         return dataset, [str(index) for index in range(largest + 1)]
     if kind not in ("string", "large_string"):
         raise wrong_labels(column, feature)
-    texts = list(dataset["label"])
+    texts = read_texts(dataset, "label")
     names = sorted({text for text in texts if text and text.strip()})
     index_of_name = {name: index for index, name in enumerate(names)}
     indices = [index_of_name.get(text, -1) for text in texts]
@@ -236,6 +266,7 @@ __all__ = [
     "match_labels",
     "name_labels",
     "own_labels",
+    "read_texts",
     "read_label_names",
     "renumbered",
     "wrong_labels",

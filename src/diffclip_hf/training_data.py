@@ -68,10 +68,14 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         if split not in loaded:
             raise ValueError(f"split is {split!r}; {source!r} has {', '.join(loaded)}.")
         return loaded[split]
-    if source.endswith(".parquet"):
-        files = {split: expand_braces(source)}
-        return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
-    return datasets.load_dataset(source, split=split, **load_options)
+    try:
+        if source.endswith(".parquet"):
+            files = {split: expand_braces(source)}
+            return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
+        return datasets.load_dataset(source, split=split, **load_options)
+    except datasets.exceptions.DatasetsError as error:
+        # What says more is often behind it.
+        raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
 
 
 def load_image_text_dataset(
