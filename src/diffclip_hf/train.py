@@ -19,9 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import set_seed
 
-from .checkpoints import last_checkpoint
 from .commands import run_command, stop_without_extra
 from .configuration_diffclip import DiffCLIPConfig
 from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
@@ -36,7 +34,9 @@ from .zero_shot import label_texts
 try:
     # Transformers' Trainer needs it, and says so in many lines.
     import accelerate  # noqa: F401
+    from transformers import set_seed
 
+    from .checkpoints import last_checkpoint
     from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
     from .training_data import (
         ImageLabelCollator,

@@ -417,8 +417,7 @@ def _check(
     _check_effects(model_args, data_args, training_args, given)
     if model_args.linear_probe and model_args.lora_rank:
         raise ValueError(f"linear_probe is True and lora_rank is {model_args.lora_rank}; give one of them.")
-    if model_args.lora_rank:
-        require_extra("training", "peft")
+    require_extra("training", *(["peft"] * bool(model_args.lora_rank)), *(["datasets"] * _any_tables(data_args)))
     evaluated = data_args.eval_data is not None or data_args.zero_shot_data is not None
     if training_args.eval_strategy != "no" and not evaluated:
         raise ValueError(
