@@ -18,6 +18,7 @@ links are refused. Examples are written anew, without what a camera noted in the
 """
 
 import argparse
+import contextlib
 import html
 import logging
 import os
@@ -247,14 +248,6 @@ def open_server(
     return address
 
 
-def wait_to_stop() -> None:
-    """Return when the process is interrupted or told to end."""
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
-
-
 def models_beside() -> list[str]:
     """Return the models that the `README.md` beside this file lists, which are folders beside it or ids on the Hub."""
     readme = HERE / "README.md"
@@ -328,11 +321,13 @@ def run(args: argparse.Namespace) -> None:
         return
     for name in models.values():
         load_pair(name, device)
-    with private_store() as store:
+    # So that a process that is told to end leaves no pictures behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), private_store() as store:
         page = build_page(models, store, device, prepare_examples(examples, store / EXAMPLES))
         open_server(page, store, args.host, args.port, args.allowed_host)
         try:
-            wait_to_stop()
+            threading.Event().wait()
         finally:
             page.close(verbose=False)
 

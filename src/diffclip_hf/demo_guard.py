@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # An uploaded picture; its request has a little more, and calls have texts alone.
 MAX_MEGABYTES = 20
-MAX_UPLOAD_BODY, MAX_CALL_BODY, MAX_DEPTH = MAX_MEGABYTES * 2**20 + 100_000, 1_000_000, 20
+MAX_UPLOAD_BODY, MAX_CALL_BODY, MAX_DEPTH = MAX_MEGABYTES * 2**20 + 100_000, 200_000, 20
 # Of all that is stored at a time.
 MAX_STORED_BYTES = 2_000_000_000
 # How long it is, in seconds, and how often that's looked at.

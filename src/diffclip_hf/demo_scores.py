@@ -71,7 +71,7 @@ def read_picture(path: str | None) -> Image.Image:
         # As bytes, so that an error doesn't say where they lie.
         return read_image(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(str(error).replace("The bytes given", "The picture")) from error
+        raise ValueError(str(error).replace("What is given as bytes", "The picture")) from error
 
 
 def check_text(text: str, what: str, most: int) -> None:
