@@ -118,7 +118,13 @@ ARROWS = {
         "zero_shot",
     },
     "version": set(),
-    "visualization": {"attention_diffclip", "modeling_diffclip", "offloading_diffclip"},
+    "visualization": {
+        "attention_diffclip",
+        "commands",
+        "inputs_diffclip",
+        "modeling_diffclip",
+        "offloading_diffclip",
+    },
     "zero_shot": {"image_reading", "offloading_diffclip", "processing_diffclip"},
     "zero_shot_templates": set(),
     "__init__": {

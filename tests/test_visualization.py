@@ -1,5 +1,6 @@
 """Relevance against the method written out, maps against the formula, and what is drawn."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import both, tiny_inputs, tiny_model
 from tolerances import CLOSED_FORM, relative_error
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from diffclip_hf import DiffCLIPProcessor, visualization
+from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, DiffCLIPProcessor, visualization
 from diffclip_hf.visualization import (
     attention_maps,
     class_attention,
@@ -318,6 +320,83 @@ def test_models_that_cannot_be_looked_into():
         image_relevance(tiny_model(), **inputs, first_layer=-4)
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "differential_triton"])
+@pytest.mark.parametrize("function", [image_relevance, text_relevance, lambda model, **inputs: maps_of(model, inputs)])
+def test_every_implementation_gives_the_same(function, attn_implementation):
+    inputs = tiny_inputs()
+    found = function(tiny_model(attn_implementation=attn_implementation), **inputs)
+    np.testing.assert_array_equal(found, function(tiny_model(), **inputs))
+
+
+def maps_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    return attention_maps(model, pixel_values=inputs["pixel_values"])
+
+
+def test_weights_on_the_disk_or_nowhere(tmp_path):
+    model, inputs = tiny_model(), tiny_inputs()
+    model.save_pretrained(tmp_path / "model")
+    offloaded = DiffCLIPModel.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    for function in (image_relevance, text_relevance):
+        np.testing.assert_allclose(function(offloaded, **inputs), function(model, **inputs), rtol=1e-6)
+    for tower, values in lambda_values(model).items():
+        np.testing.assert_array_equal(lambda_values(offloaded)[tower], values)
+    nowhere = tiny_model().to("meta")
+    for function in (image_relevance, text_relevance, lambda model, **_: lambda_values(model)):
+        with pytest.raises(ValueError, match="is on the meta device"):
+            function(nowhere, **inputs)
+
+
+@pytest.mark.parametrize("function", [image_relevance, text_relevance])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"pixel_values": Image.new("RGB", (32, 32))}, "pixel_values is of type Image.*processor"),
+        ({"pixel_values": torch.zeros(3, 32, 32)}, r"pixel_values\[None\]"),
+        ({"pixel_values": torch.zeros(1, 4, 32, 32)}, "4 channels"),
+        ({"pixel_values": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, "uint8"),
+        ({"pixel_values": torch.zeros(0, 3, 32, 32)}, "at least one image"),
+        ({"input_ids": ["a photo"], "attention_mask": None}, "input_ids is of type list.*processor"),
+        ({"input_ids": "a photo", "attention_mask": None}, "input_ids is of type str.*processor"),
+        ({"input_ids": torch.tensor([97, 5, 98]), "attention_mask": None}, r"input_ids\[None\]"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long), "attention_mask": None}, "at least one text"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
+        ({"first_layer": "first"}, "first_layer is 'first'"),
+    ],
+)
+def test_plain_mistakes_get_one_line(function, given, words):
+    with pytest.raises((TypeError, ValueError), match=words) as raised:
+        function(tiny_model(), **{**tiny_inputs(), **given})
+    assert "\n" not in str(raised.value)
+
+
+def test_other_mistakes_get_one_line():
+    processor = DiffCLIPProcessor.from_pretrained(EMOJI)
+    one = np.zeros((2, 2))
+    for call, words in {
+        lambda: shown_images(torch.zeros(3, 8, 8), processor.image_processor): r"pixel_values\[None\]",
+        lambda: shown_images(torch.zeros(1, 3, 8, 8), processor): "processor.image_processor",
+        lambda: word_relevance(processor.tokenizer, torch.zeros(1, 3, dtype=torch.long), one[:1]): "of one text",
+        lambda: draw_maps([one[None]], ["a"]): r"one of shape \(1, 2, 2\)",
+        lambda: overlay(Image.new("RGB", (4, 4)), one[0]): r"values is of shape \(2,\)",
+        lambda: lambda_values(nn.Linear(1, 1)): "a Linear, which has no vision_model and no text_model",
+        lambda: lambda_values("model"): "a str, which has no vision_model",
+        lambda: image_relevance("model", **tiny_inputs()): "a str, which has no vision_model",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    # A Pillow image and tensors are as good as arrays; one tower has its own λ.
+    picture = Image.new("RGB", (4, 4), (9, 8, 7))
+    expected = overlay(np.asarray(picture), np.eye(2))
+    np.testing.assert_array_equal(overlay(picture, torch.eye(2, requires_grad=True)), expected)
+    model = tiny_model()
+    np.testing.assert_array_equal(
+        lambda_values(DiffCLIPForImageClassification(model.config))["image"].shape, lambda_values(model)["image"].shape
+    )
+
+
 def test_words_and_pictures_are_those_of_the_processor():
     processor = DiffCLIPProcessor.from_pretrained(EMOJI)
     input_ids = processor.tokenizer(["red apple"])["input_ids"][0]
@@ -418,14 +497,13 @@ def test_lambda_is_drawn_by_layer():
 
 
 def test_nothing_global_is_touched_and_arrays_need_no_matplotlib(monkeypatch):
-    code = "import sys, diffclip_hf.visualization; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
     code = (
         "import sys, numpy as np\nfrom diffclip_hf.visualization import draw_maps\n"
+        "assert 'matplotlib' not in sys.modules\n"
         "draw_maps([np.eye(2)], ['a'])\nassert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    monkeypatch.setattr(visualization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"diffclip-hf\[plotting\]"):
         draw_lambdas({"a": {"image": np.ones(2)}})
 

@@ -12,7 +12,6 @@ would count what both share, the noise that the subtraction removes. Where both 
 relevance is what the method gives for that one map.
 """
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,8 @@ from torch.nn.functional import normalize, one_hot
 from transformers import PreTrainedModel
 
 from .attention_diffclip import differential_attention_map
+from .commands import require_extra
+from .inputs_diffclip import check_input_ids, check_pixel_values, check_text_companion
 from .modeling_diffclip import DiffCLIPPreTrainedModel
 from .offloading_diffclip import check_has_weights, check_passes_gradients, execution_device, logit_scale_factor
 
@@ -178,8 +179,8 @@ def attention_maps(
         maps = maps[:, KINDS.index(kind) :: 2]
     if pair is None:
         return maps.mean(1).cpu().numpy()
-    if not 0 <= pair < maps.shape[1]:
-        raise ValueError(f"pair is {pair}; it must be from 0 to {maps.shape[1] - 1}, or None for the mean.")
+    if not isinstance(pair, int) or not 0 <= pair < maps.shape[1]:
+        raise ValueError(f"pair is {pair!r}; it must be from 0 to {maps.shape[1] - 1}, or None for the mean.")
     return maps[:, pair].cpu().numpy()
 
 
@@ -198,9 +199,19 @@ def class_attention(model: PreTrainedModel, pixel_values: torch.Tensor, **option
 
 
 def lambda_values(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """Return λ of each layer of each differential tower, {"image": (layers,), "text": (layers,)}, float32."""
+    """Return λ of each layer of each differential tower, {"image": (layers,), "text": (layers,)}, float32.
+
+    Args:
+        model: One with both towers or one of them as `vision_model` and `text_model`; a standard tower has no λ.
+
+    Raises:
+        ValueError: It has neither, or is on the meta device.
+    """
+    towers = [tower for tower, (module, _) in TOWERS.items() if hasattr(model, module)]
+    if not towers:
+        raise ValueError(f"model is a {type(model).__name__}, which has no vision_model and no text_model.")
     check_has_weights(model)
-    found = {tower: _lambdas(model, tower) for tower in TOWERS}
+    found = {tower: _lambdas(model, tower) for tower in towers}
     return {tower: torch.stack(values).cpu().numpy() for tower, values in found.items() if values}
 
 
@@ -213,8 +224,14 @@ def word_relevance(tokenizer: Any, input_ids: torch.Tensor, relevance: np.ndarra
         relevance: Its row of `text_relevance`, (tokens,).
 
     Raises:
-        ValueError: There isn't one value for each token.
+        ValueError: They aren't of one text, or there isn't one value for each token.
     """
+    input_ids, relevance = torch.as_tensor(input_ids), _array(relevance)
+    if input_ids.ndim != 1 or relevance.ndim != 1:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} and relevance {relevance.shape}; both must be of one text, "
+            "(tokens,)."
+        )
     if len(input_ids) != len(relevance):
         raise ValueError(f"relevance has {len(relevance)} values for {len(input_ids)} tokens; it must have as many.")
     special = set(tokenizer.all_special_ids)
@@ -234,7 +251,16 @@ def shown_images(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray
 
     Returns:
         (images, height, width, 3), uint8.
+
+    Raises:
+        TypeError, ValueError: `pixel_values` isn't such a tensor, or `image_processor` none with these.
     """
+    check_pixel_values(pixel_values, 3)
+    if not hasattr(image_processor, "image_mean") or not hasattr(image_processor, "image_std"):
+        raise ValueError(
+            f"image_processor is a {type(image_processor).__name__}, which has no image_mean and image_std; give the "
+            "model's image processor, processor.image_processor."
+        )
     mean = torch.tensor(image_processor.image_mean)[:, None, None]
     std = torch.tensor(image_processor.image_std)[:, None, None]
     pictures = (pixel_values.detach().cpu().float() * std + mean).clamp(0, 1) * 255
@@ -258,9 +284,10 @@ def overlay(image: np.ndarray, values: np.ndarray, *, signed: bool = False) -> n
         ValueError: An argument has another shape, or a value isn't finite.
         ImportError: matplotlib, of the extra `plotting`, is missing.
     """
-    _require_matplotlib()
+    require_extra("plotting", "matplotlib")
     import matplotlib
 
+    image, values = _array(image), _array(values)
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype} of shape {image.shape}; it must be uint8, (height, width, 3).")
     if values.ndim != 2 or not np.isfinite(values).all():
@@ -299,6 +326,7 @@ def draw_grid(
 
     Source: the layout of paper arXiv 2503.06626, figure 2.
     """
+    images, values = [_array(image) for image in images], _array(values)
     if values.ndim != 4 or values.shape[:2] != (len(queries), len(models)) or len(images) != len(queries):
         raise ValueError(
             f"values is of shape {values.shape}, with {len(images)} images, {len(queries)} queries and {len(models)} "
@@ -327,10 +355,13 @@ def draw_maps(maps: Sequence[np.ndarray], titles: Sequence[str]) -> "Figure":
         titles: Each map's.
 
     Raises:
-        ValueError: There's no map, or not a title for each.
+        ValueError: There's no map, one has another shape, or there isn't a title for each.
     """
+    maps = [_array(one) for one in maps]
     if not maps or len(maps) != len(titles):
         raise ValueError(f"maps has {len(maps)} and titles {len(titles)}; both must have one for each map.")
+    if wrong := [one.shape for one in maps if one.ndim != 2 or not one.size]:
+        raise ValueError(f"maps has one of shape {wrong[0]}; each must be (rows, columns).")
     # With every value 0, any scale shows it.
     limit = max(float(np.abs(one).max()) for one in maps) or 1.0
     tallest = max(len(one) / one.shape[1] for one in maps)
@@ -428,14 +459,28 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _image_inputs(model: Any, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> dict[str, Any]:
+    check_pixel_values(pixel_values, model.config.vision_config.num_channels)
+    _check_batch("pixel_values", pixel_values, "image")
     # A copy, since a tensor that was made in inference mode can't be in a graph.
     copy = pixel_values.detach().to(execution_device(model), model.dtype, copy=True)
     return {"pixel_values": copy, "interpolate_pos_encoding": interpolate_pos_encoding}
 
 
 def _text_inputs(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+    check_input_ids(input_ids, model.config.text_config.max_position_embeddings)
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be (texts, tokens): give one as input_ids[None]."
+        )
+    check_text_companion("attention_mask", attention_mask, input_ids)
+    _check_batch("input_ids", input_ids, "text")
     mask = None if attention_mask is None else attention_mask.to(execution_device(model), copy=True)
     return {"input_ids": input_ids.to(execution_device(model), copy=True), "attention_mask": mask}
+
+
+def _check_batch(name: str, given: torch.Tensor, what: str) -> None:
+    if not len(given):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; there must be at least one {what}.")
 
 
 def _encode(model: Any, tower: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
@@ -504,9 +549,14 @@ def _lambdas(model: Any, tower: str) -> list[torch.Tensor]:
     return [module.get_lambda().detach() for module in modules if hasattr(module, "get_lambda")]
 
 
+def _array(given: Any) -> np.ndarray:
+    """Return what a picture, a tensor or nested lists hold."""
+    return given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+
+
 def _layer_index(layer: int, name: str, layers: int) -> int:
-    if not -layers <= layer < layers:
-        raise ValueError(f"{name} is {layer}; it must be from {-layers} to {layers - 1}.")
+    if not isinstance(layer, int) or not -layers <= layer < layers:
+        raise ValueError(f"{name} is {layer!r}; it must be from {-layers} to {layers - 1}.")
     return layer % layers
 
 
@@ -516,14 +566,9 @@ def _grid(model: Any, pixel_values: torch.Tensor) -> tuple[int, int]:
     return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
 
-def _require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("Pictures need matplotlib; pip install 'diffclip-hf[plotting]'.")
-
-
 def _figure(size: tuple[float, float]) -> "Figure":
     """Return a figure that belongs to no global state, as pyplot's do."""
-    _require_matplotlib()
+    require_extra("plotting", "matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
