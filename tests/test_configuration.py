@@ -73,12 +73,101 @@ def test_lambda_init_forms(tower):
         ({"lambda_init": float("nan")}, ["lambda_init", "nan", "finite"]),
         ({"lambda_init_std": -0.1}, ["lambda_init_std", "-0.1", "negative"]),
         ({"diff_norm_eps": 0.0}, ["diff_norm_eps", "0.0", "positive"]),
+        ({"lambda_init": [0.8] * 11 + [float("inf")]}, ["lambda_init", "inf", "finite"]),
+        ({"hidden_act": "quick"}, ["hidden_act", "'quick'", "quick_gelu"]),
     ],
 )
 def test_a_bad_value_names_field_value_and_what_is_allowed(tower, fields, words):
     with pytest.raises(ValueError, match="must") as error:
         tower(**fields)
     assert all(word in str(error.value) for word in words), error.value
+
+
+COUNTS = ["hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"]
+NUMBERS = {
+    **dict.fromkeys(COUNTS, ([0, -1], "at least 1")),
+    **dict.fromkeys(("layer_norm_eps", "diff_norm_eps"), ([0.0, -1e-5, math.nan, math.inf], "positive and finite")),
+    **dict.fromkeys(
+        ("initializer_range", "initializer_factor", "lambda_init_std"),
+        ([-0.1, math.nan, math.inf], "finite, and not negative"),
+    ),
+    "attention_dropout": ([-0.1, 1.1, math.nan], "from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_no_model_can_have(tower, name):
+    """However they come: as a field, in the whole model's configuration, or set later and found by the model."""
+    values, allowed = NUMBERS[name]
+    for value in values:
+        message = rf"{tower.__name__}\.{name} is {value}; it must be {allowed}\."
+        with pytest.raises(ValueError, match=message):
+            tower(**{name: value})
+        if name != "projection_dim":
+            with pytest.raises(ValueError, match=message):
+                DiffCLIPConfig(**{tower.base_config_key: {name: value}})
+    config = tiny_config()
+    setattr(getattr(config, tower.base_config_key), name, values[0])
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be {allowed}"):
+        DiffCLIPModel(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"projection_dim": 0}, "DiffCLIPConfig.projection_dim is 0; it must be at least 1"),
+        ({"logit_scale_init_value": math.inf}, "DiffCLIPConfig.logit_scale_init_value is inf; it must be finite"),
+        ({"initializer_factor": -1.0}, "DiffCLIPConfig.initializer_factor is -1.0; it must be finite, and not"),
+        ({"vision_config": {"num_channels": 0}}, "DiffCLIPVisionConfig.num_channels is 0; it must be at least 1"),
+        ({"vision_config": {"image_size": 0}}, "DiffCLIPVisionConfig.image_size is 0; it must be at least 1"),
+        ({"text_config": {"vocab_size": 0}}, "DiffCLIPTextConfig.vocab_size is 0; it must be at least 1"),
+        ({"text_config": {"max_position_embeddings": 1}}, "max_position_embeddings is 1; it must be at least 2"),
+        ({"text_config": {"eos_token_id": []}}, r"eos_token_id is \[\]; it must be a token's id"),
+        ({"text_config": {"eos_token_id": -1}}, "eos_token_id is -1; it must be a token's id"),
+    ],
+)
+def test_numbers_of_one_configuration(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiffCLIPConfig(**fields)
+
+
+def test_the_smallest_model_is_one():
+    smallest = {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 2),
+        "num_attention_heads": 2,
+    }
+    config = DiffCLIPConfig(
+        text_config={**smallest, "vocab_size": 1, "max_position_embeddings": 2, "attention_dropout": 1},
+        vision_config={**smallest, "image_size": 1, "patch_size": 1, "num_channels": 1, "lambda_init_std": 0},
+        projection_dim=1,
+        initializer_factor=0,
+    )
+    assert DiffCLIPModel(config).num_parameters() > 0
+
+
+def test_towers_are_named_as_transformers_names_them():
+    """`sub_configs` in the older releases, `sub_configs_defaults` in the newer."""
+    towers = {"text_config": DiffCLIPTextConfig, "vision_config": DiffCLIPVisionConfig}
+    assert DiffCLIPConfig.sub_configs == towers
+    for name, spec in DiffCLIPConfig.sub_configs_defaults.items():
+        assert getattr(spec, "config_class", spec) is towers[name]
+    with pytest.raises(Exception, match="text_config"):
+        DiffCLIPConfig(text_config="vit")
+
+
+def test_output_attentions_goes_with_every_implementation():
+    config = tiny_config(attn_implementation="sdpa")
+    config.output_attentions = True
+    assert config._attn_implementation == "sdpa"
+    assert tiny_config(attn_implementation="sdpa", output_attentions=True).output_attentions
+    config.validate()
+
+
+@pytest.mark.parametrize("given", [CLIPConfig(), DiffCLIPVisionConfig(), None])
+def test_a_model_given_another_models_configuration(given):
+    with pytest.raises(ValueError, match=r"DiffCLIPModel is given a .*; it must be a DiffCLIPConfig"):
+        DiffCLIPModel(given)
 
 
 def test_odd_heads_are_fine_with_standard_attention():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import BOS, CONTEXT, EOS, both, randomised, tiny_config, tiny_inputs, tiny_model
 from tolerances import (
@@ -813,3 +814,164 @@ def test_batch_of_one_equals_its_row(attention_type):
     single = model(**{name: value[:1] for name, value in inputs.items()})
     torch.testing.assert_close(single.image_embeds, whole.image_embeds[:1])
     torch.testing.assert_close(single.text_embeds, whole.text_embeds[:1])
+
+
+# --- Plain mistakes -------------------------------------------------------------------------------------------------
+
+PIXELS, IDS = torch.zeros(1, 3, 32, 32), torch.tensor([[BOS, 5, EOS]])
+
+
+@all_classes
+def test_an_unknown_argument_is_named_with_its_mend(model_class):
+    model, inputs, _ = build(model_class)
+    name = model_class.__name__
+    if "pixel_values" in inputs:
+        with pytest.raises(TypeError, match=rf"^{name}\.forward takes no pixel_vales; did you mean pixel_values\?$"):
+            model(**inputs, pixel_vales=PIXELS)
+    else:
+        with pytest.raises(TypeError, match=rf"^{name}\.forward takes no inputs_embeds; give input_ids"):
+            model(**inputs, inputs_embeds=torch.zeros(3, 12, 32))
+    with pytest.raises(
+        TypeError, match=rf"^{name}\.forward takes no output_attention; did you mean output_attentions"
+    ):
+        model(**inputs, output_attention=True)
+    with pytest.raises(TypeError, match=rf"^{name}\.forward takes no colour; it takes .*mask|pixel_values"):
+        model(**inputs, colour=None)
+    # Transformers' own, of which some have no use here, and what PEFT gives as None.
+    model(
+        **inputs,
+        output_hidden_states=None,
+        return_dict=True,
+        use_cache=False,
+        num_items_in_batch=1,
+        cu_seq_lens_q=None,
+    )
+    model(**inputs, inputs_embeds=None)
+
+
+def test_unknown_arguments_of_the_feature_methods():
+    model = tiny_model()
+    with pytest.raises(TypeError, match=r"get_image_features takes no interpolate; did you mean interpolate_pos_"):
+        model.get_image_features(PIXELS, interpolate=True)
+    with pytest.raises(TypeError, match=r"get_text_features takes no attention_masks; did you mean attention_mask\?"):
+        model.get_text_features(IDS, attention_masks=torch.ones(1, 3))
+    with pytest.raises(TypeError, match="output_attentions"):
+        model.encode_text(IDS, output_attentions=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.encode_text("a cat"), TypeError, "input_ids is of type str; it must be a tensor: .*processor"),
+        (lambda m: m.encode_text(["a cat"]), TypeError, "input_ids is of type list; .*processor"),
+        (lambda m: m.encode_text({"input_ids": IDS}), TypeError, r"input_ids is of type dict; .*model\(\*\*inputs\)"),
+        (
+            lambda m: m.encode_image(Image.new("RGB", (32, 32))),
+            TypeError,
+            "is of type Image; .*processor",
+        ),
+        (lambda m: m.encode_image([PIXELS[0]]), TypeError, "pixel_values is of type list; .*processor"),
+        (
+            lambda m: m.encode_image(PIXELS.numpy()),
+            TypeError,
+            "is of type ndarray; .*return_tensors='pt'",
+        ),
+        (lambda m: m.encode_image(None), ValueError, "pixel_values is None"),
+        (lambda m: m(PIXELS), ValueError, r"input_ids is torch.float32, .*; .*pixel_values=\.\.\."),
+        (lambda m: m(IDS, IDS), ValueError, "pixel_values is torch.int64"),
+        (lambda m: m.encode_image(PIXELS[0]), ValueError, r"\(3, 32, 32\); .*pixel_values\[None\]"),
+        (lambda m: m.encode_image(PIXELS[None]), ValueError, r"\(1, 1, 3, 32, 32\); it must be \(batch, channels"),
+        (lambda m: m.encode_image(PIXELS.byte()), ValueError, "pixel_values is torch.uint8.*image processor"),
+        (lambda m: m.encode_image(PIXELS[:, :1]), ValueError, "with 1 channels; .* with 3 channels"),
+        (lambda m: m.encode_image(PIXELS.movedim(1, 3)), ValueError, "with 32 channels; .* with 3 channels"),
+        (lambda m: m.encode_text(IDS.float()), ValueError, "input_ids is torch.float32"),
+        (lambda m: m.encode_text(IDS.bool()), ValueError, "input_ids is torch.bool"),
+        (lambda m: m.encode_text(IDS[:, :0]), ValueError, r"has shape \(1, 0\); .*at least one token"),
+        (lambda m: m.encode_text(IDS[0, 0]), ValueError, r"has shape \(\); it must be \(batch, tokens\)"),
+        (lambda m: m.encode_text(IDS + 2), ValueError, "input_ids holds 99; an id must be from 0 to 98"),
+        (lambda m: m.encode_text(-IDS), ValueError, "input_ids holds -97; an id must be from 0 to 98"),
+        (lambda m: m.encode_text(IDS, torch.ones(1, 4)), ValueError, r"attention_mask has shape \(1, 4\).*\(1, 3\)"),
+        (lambda m: m.encode_text(IDS, torch.ones(2, 3)), ValueError, r"attention_mask has shape \(2, 3\).*\(1, 3\)"),
+        (lambda m: m.encode_text(IDS, [[1, 1, 1]]), TypeError, "attention_mask is of type list"),
+        (lambda m: m.encode_text(IDS, None, IDS), ValueError, "position_ids holds 98; .* from 0 to 76"),
+    ],
+)
+def test_a_plain_mistake_is_one_line_that_names_the_mend(call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call(tiny_model())
+    assert "\n" not in str(raised.value)
+
+
+def test_one_text_needs_no_batch():
+    """As in Transformers' CLIP, with its mask."""
+    model = tiny_model()
+    expected = model.encode_text(IDS)
+    assert torch.equal(model.encode_text(IDS[0]), expected)
+    assert torch.equal(model.encode_text(IDS[0], torch.ones(3, dtype=torch.long)), expected)
+    assert torch.equal(model.encode_text(IDS.int()), expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_an_empty_batch_is_an_empty_result(implementation, attention_type):
+    model = tiny_model(**both(attention_type), attn_implementation=implementation)
+    with torch.no_grad():
+        assert model.encode_text(IDS[:0]).shape == (0, 24)
+        assert model.encode_image(PIXELS[:0]).shape == (0, 24)
+        assert model(IDS[:0], PIXELS).logits_per_image.shape == (1, 0)
+
+
+# --- Weights that are elsewhere -------------------------------------------------------------------------------------
+
+
+@all_classes
+def test_a_model_on_the_meta_device(model_class):
+    model, inputs, output = build(model_class, attn_implementation="sdpa")
+    expected = model(**inputs)[output].shape
+    model = model.to("meta")
+    with pytest.raises(ValueError, match="on the meta device, which holds shapes and no weights; load it with"):
+        model(**inputs)
+    out = model(**{name: value.to("meta") for name, value in inputs.items()})
+    assert (out[output].shape, out[output].device.type) == (expected, "meta")
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_serve_what_is_computed_outside_a_forward(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate offloads weights")
+    from diffclip_hf.visualization import image_relevance, lambda_values
+
+    model, inputs = tiny_model(), tiny_inputs()
+    offloaded = tiny_model(attn_implementation="sdpa")
+    if where == "cpu":
+        accelerate.cpu_offload(offloaded, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(offloaded, tmp_path, torch.device("cpu"))
+    attention = offloaded.vision_model.encoder.layers[1].self_attn
+    assert attention.lambda_q1.is_meta
+    assert offloaded.device == torch.device("cpu")
+    assert torch.equal(attention.get_lambda(), model.vision_model.encoder.layers[1].self_attn.get_lambda())
+    assert attention.lambda_q1.is_meta
+    for tower, values in lambda_values(model).items():
+        assert (lambda_values(offloaded)[tower] == values).all()
+    found, expected = image_relevance(offloaded, **inputs), image_relevance(model, **inputs)
+    torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            offloaded(**inputs, output_attentions=True).logits_per_image, model(**inputs).logits_per_image
+        )
+
+
+def test_initialisation_passes_over_tensors_that_are_none():
+    """As pruning and quantisers leave them."""
+    model = tiny_model()
+    layer = model.vision_model.encoder.layers[0]
+    layer.self_attn.q_proj.bias = layer.layer_norm1.bias = layer.layer_norm1.weight = None
+    layer.self_attn.lambda_q1 = layer.self_attn.diff_norm.weight = layer.mlp.fc1.weight = None
+    model.vision_model.embeddings.class_embedding = None
+    before = layer.mlp.fc1.bias.clone()
+    for module in model.vision_model.modules():
+        model.vision_model._init_weights(module)
+    assert layer.mlp.fc1.weight is None
+    assert torch.equal(layer.mlp.fc1.bias, before)
+    assert not torch.equal(layer.mlp.fc2.weight, tiny_model().vision_model.encoder.layers[0].mlp.fc2.weight)
