@@ -75,22 +75,35 @@ def check_input_ids(input_ids: Any, max_length: int) -> torch.Tensor:
     return input_ids
 
 
-def check_text_companion(name: str, value: Any, input_ids: torch.Tensor) -> None:
+def check_text_companion(name: str, value: Any, input_ids: torch.Tensor, largest: int | None = None) -> None:
     """Raise an error with one plain line where a mask or positions don't go with `input_ids`.
 
     Args:
         name: The argument's name.
         value: What was given: None, or a tensor of the shape of `input_ids`, or of four dimensions.
         input_ids: Token ids, (batch, tokens).
+        largest: The largest value allowed, from 0.
+
+    Raises:
+        TypeError: It isn't a tensor.
+        ValueError: It is of another shape, or holds a value that isn't allowed.
     """
-    if value is None:
+    # What the values are can't be asked in a graph, nor of a meta tensor.
+    if value is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
     _check_is_tensor(name, value, "processor(text=[...], return_tensors='pt') gives it with the input_ids")
-    if value.ndim <= 2 and value.shape[-1:] != input_ids.shape[-1:]:
+    broadcasts = value.shape[-1:] == input_ids.shape[-1:] and (
+        value.ndim < 2 or value.shape[0] in (1, *input_ids.shape[:-1])
+    )
+    if value.ndim < 4 and not broadcasts:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; its last dimension must be that of input_ids, which has shape "
-            f"{tuple(input_ids.shape)}."
+            f"{name} has shape {tuple(value.shape)}; it must have that of input_ids, {tuple(input_ids.shape)}."
         )
+    if largest is None or value.is_meta or value.numel() == 0:
+        return
+    least, most = (bound.item() for bound in value.aminmax())
+    if least < 0 or most > largest:
+        raise ValueError(f"{name} holds {least if least < 0 else most}; it must hold numbers from 0 to {largest}.")
 
 
 def check_pixel_values(pixel_values: Any, num_channels: int) -> torch.Tensor:

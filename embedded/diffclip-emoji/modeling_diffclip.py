@@ -579,16 +579,20 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         asked = {flag: getattr(self.config, flag) for flag in flags if getattr(self.config, flag)}
         return {**asked, **kwargs}
 
-    def _call_implementation(self, kwargs: dict[str, Any]) -> str:
+    def _call_implementation(self, given: torch.Tensor, kwargs: dict[str, Any]) -> str:
         """Return the attention implementation of one call of a tower: the formula where maps are asked for."""
         implementation = attention_implementation(self.config)
-        if implementation == "eager" or not kwargs.get("output_attentions", self.config.output_attentions):
+        if torch.compiler.is_compiling():
+            return "eager" if kwargs.get("output_attentions", self.config.output_attentions) else implementation
+        # Transformers' SDPA takes no empty batch.
+        if implementation == "eager" or given.numel() == 0:
+            return "eager"
+        if not kwargs.get("output_attentions", self.config.output_attentions):
             return implementation
-        if not torch.compiler.is_compiling():
-            logger.warning_once(
-                "output_attentions is True: calls that ask for maps compute attention by the formula, as under "
-                f"attn_implementation='eager', which is slower than {implementation!r} and keeps every map in memory."
-            )
+        logger.warning_once(
+            "output_attentions is True: calls that ask for maps compute attention by the formula, as under "
+            f"attn_implementation='eager', which is slower than {implementation!r} and keeps every map in memory."
+        )
         return "eager"
 
     def _check_has_values(self, given: torch.Tensor) -> None:
@@ -699,9 +703,9 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
         check_keyword_arguments(DiffCLIPTextModel.forward, kwargs)
         input_ids = check_input_ids(input_ids, self.config.max_position_embeddings)
         check_text_companion("attention_mask", attention_mask, input_ids)
-        check_text_companion("position_ids", position_ids, input_ids)
+        check_text_companion("position_ids", position_ids, input_ids, self.config.max_position_embeddings - 1)
         self._check_has_values(input_ids)
-        implementation = self._call_implementation(kwargs)
+        implementation = self._call_implementation(input_ids, kwargs)
         is_causal = self._is_causal(kwargs, default=True)
         length = input_ids.shape[-1]
         input_ids = input_ids.view(-1, length)
@@ -790,7 +794,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
         check_keyword_arguments(DiffCLIPVisionModel.forward, kwargs)
         pixel_values = check_pixel_values(pixel_values, self.config.num_channels)
         self._check_has_values(pixel_values)
-        implementation = self._call_implementation(kwargs)
+        implementation = self._call_implementation(pixel_values, kwargs)
         is_causal = self._is_causal(kwargs, default=False)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         mask = None

@@ -54,8 +54,6 @@ def _check_texts(text: Any) -> None:
     elif isinstance(text, (list, tuple)):
         for single in text:
             _check_texts(single)
-    elif isinstance(text, (Image.Image, np.ndarray, torch.Tensor)):
-        raise ValueError(f"text is of type {type(text).__name__}; pass images as images=, and a string as text=.")
     else:
         raise ValueError(f"A text is of type {type(text).__name__}; it must be a string.")
 
@@ -165,7 +163,9 @@ class DiffCLIPTokenizer(CLIPTokenizer):
     def __call__(self, text=None, *args, **kwargs):
         if text is None:
             return super().__call__(text, *args, **kwargs)
-        _check_texts(text)
+        for given in (text, *args[:1], kwargs.get("text_pair")):
+            if given is not None:
+                _check_texts(given)
         told = args or not {"truncation", "max_length"}.isdisjoint(kwargs)
         cuts = not told and kwargs.get("return_tensors") is not None
         if cuts:
@@ -177,6 +177,16 @@ class DiffCLIPTokenizer(CLIPTokenizer):
         if cuts:
             _warn_if_cut(encoded, self.model_max_length)
         return encoded
+
+    def encode(self, text, *args, **kwargs):
+        """Return a text's ids, as `CLIPTokenizer` does."""
+        _check_texts(text)
+        return super().encode(text, *args, **kwargs)
+
+    def tokenize(self, text, *args, **kwargs):
+        """Return a text's tokens, as `CLIPTokenizer` does."""
+        _check_texts(text)
+        return super().tokenize(text, *args, **kwargs)
 
 
 class DiffCLIPProcessor(ProcessorMixin):
@@ -216,6 +226,8 @@ class DiffCLIPProcessor(ProcessorMixin):
                 return super().__call__(images=images, **kwargs)
             except NoFileError as error:
                 raise ValueError(f"{error} A text is passed as text=.") from error
+        if isinstance(text, (Image.Image, np.ndarray, torch.Tensor)):
+            raise ValueError(f"text is of type {type(text).__name__}; pass images as images=, and a string as text=.")
         _check_texts(text)
         given = kwargs.keys() | (kwargs.get("text_kwargs") or {}).keys()
         for name in {"padding", "truncation"} - given:
