@@ -152,6 +152,7 @@ def with_transparent_colour(mode: str, colour, transparent) -> Image.Image:
         (palette(1), (255, 255, 255)),
         (palette(0), (200, 100, 50)),
         (palette(bytes([255, 51])), (244, 224, 214)),
+        (palette(bytes(300)), (200, 100, 50)),  # more than the 256 that there can be
         (palette().convert("PA"), (200, 100, 50)),
         (with_transparent_colour("RGB", (5, 6, 7), (5, 6, 7)), (255, 255, 255)),
         (with_transparent_colour("RGB", (5, 6, 8), (5, 6, 7)), (5, 6, 8)),

@@ -201,6 +201,7 @@ BROKEN = {
     "png-resolution": png_with(b"pHYs", b"\0"),
     "png-resolution-behind": png_with(b"pHYs", b"\0", behind=True),
     "png-gamma": png_with(b"gAMA", b"\0"),
+    "png-transparency": png_with(b"tRNS", b"\0"),
     "png-animation": png_with(b"acTL", bytes(8)),
     "jpeg-exif": jpeg_with(0xE1, b"Exif\0\0\xa8 not exif"),
     "jpeg-exif-cut": jpeg_with(0xE1, b"Exif\0\0" + turned(6).tobytes()[6:-9]),
