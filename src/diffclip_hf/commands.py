@@ -90,10 +90,11 @@ def stop_without_extra(error: ModuleNotFoundError, extra: str, module: str) -> N
         extra: The extra that brings the package.
         module: The `__name__` of the module that has the import.
     """
-    # A module of the package itself that is missing is another fault.
-    if (error.name or "").split(".")[0] == __name__.split(".")[0]:
+    package = (error.name or "").split(".")[0]
+    # A module of this package that is missing is another fault.
+    if package == __name__.split(".")[0]:
         raise error
-    message = missing_extra(error.name, extra)
+    message = missing_extra(package, extra)
     if module == "__main__":
         logging.basicConfig(format="%(levelname)s %(message)s")
         logger.error("%s", message)
