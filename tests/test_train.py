@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from training_samples import picture, tiny_pair_model, tiny_processor, write_shards
 from transformers import AutoModel, AutoProcessor, get_scheduler, set_seed
 
-from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel
+from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, train
 from diffclip_hf.train import build_config, build_model, main, parse_arguments
 from diffclip_hf.training_data import ImageTextCollator, ImageTextShards
 
@@ -212,6 +213,25 @@ def test_a_new_model_on_shards_evaluated_and_loaded(data, tmp_path):
     assert (tmp_path / "out" / "modeling_diffclip.py").is_file()
 
 
+def test_zero_shot_accuracy_alone(data, tmp_path):
+    """Labelled pictures are evaluated on without pairs beside them, while training and at its end."""
+    line = options(
+        data,
+        tmp_path / "out",
+        zero_shot_data=data / "labelled",
+        zero_shot_split="test",
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=2,
+    )
+    assert main(line) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    found = [entry["eval_zero_shot_accuracy"] for entry in history if "eval_zero_shot_accuracy" in entry]
+    at_the_end = json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_zero_shot_accuracy"]
+    assert found == [at_the_end]
+    assert at_the_end in [number / 8 for number in range(9)]
+
+
 def test_it_resumes_where_it_stopped(data, tmp_path, caplog):
     """6 steps, 2 of them of a second epoch, equal 5 steps, thrown away from the fourth on, and the rest."""
     # A stated schedule: by default it would depend on max_steps.
@@ -390,3 +410,28 @@ def test_it_says_what_is_wrong_with_the_data(data, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     assert main(options(data, tmp_path / "out", train_data=data / "missing.tar")) == 1
     assert "missing.tar" in caplog.text
+
+
+def test_what_isnt_whole_isnt_trained(data, tmp_path, caplog, monkeypatch):
+    """A lost vocabulary, a misspelt tokenizer, another model and lost weights; each is one line before any step."""
+    monkeypatch.setattr(train, "DiffCLIPTrainer", lambda **kwargs: pytest.fail("trained"))
+    shutil.copytree(data / "model", tmp_path / "no-vocabulary")
+    (tmp_path / "no-vocabulary" / "tokenizer.json").unlink()
+    labels = {"num_labels": 3}
+    DiffCLIPForImageClassification.from_pretrained(data / "model", **labels).save_pretrained(tmp_path / "no-text")
+    tiny_processor().save_pretrained(tmp_path / "no-text")
+    old = {"model_config": None, "tokenizer": None}
+    for changes, words in (
+        (old | {"model_name_or_path": tmp_path / "no-vocabulary"}, "has no vocabulary"),
+        (old | {"model_name_or_path": tmp_path / "no-text"}, "lacks weights of a DiffCLIPModel"),
+        (old | {"model_name_or_path": tmp_path / "no-txt"}, "did you mean no-text"),
+        ({"tokenizer": data / "tokeniser"}, "did you mean tokenizer"),
+        (
+            {"model_config": json.dumps(TINY | {"text_config": {**TINY["text_config"], "vocab_size": 500}})},
+            "vocab_size, 500, must be at least as many",
+        ),
+    ):
+        caplog.clear()
+        assert main(options(data, tmp_path / "out", **changes)) == 1
+        assert words in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
