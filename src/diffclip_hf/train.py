@@ -107,7 +107,8 @@ def classifier_labels(name: str) -> list[str] | None:
     config = load_config(name, DiffCLIPConfig)
     if DiffCLIPForImageClassification.__name__ not in (config.architectures or []):
         return None
-    return [config.id2label[index] for index in range(config.num_labels)]
+    names: Any = config.id2label
+    return [names[index] for index in range(len(names))]
 
 
 def build_model(args: ModelArguments, labels: Sequence[str] | None) -> tuple[nn.Module, DiffCLIPProcessor]:
