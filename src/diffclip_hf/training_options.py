@@ -369,9 +369,10 @@ def _check_scheduler(args: DiffCLIPTrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{name} is {value!r}; it must hold fields by name, as in {{...}}.")
+    kwargs: Any = copy.copy(args.lr_scheduler_kwargs)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, copy.copy(args.lr_scheduler_kwargs))
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_type is {SchedulerType(args.lr_scheduler_type).value!r} with lr_scheduler_kwargs="
@@ -423,9 +424,8 @@ def _check(
     require_extra("training", *(["peft"] * bool(model_args.lora_rank)), *(["datasets"] * _any_tables(data_args)))
     evaluated = data_args.eval_data is not None or data_args.zero_shot_data is not None
     if training_args.eval_strategy != "no" and not evaluated:
-        raise ValueError(
-            f"eval_strategy is {IntervalStrategy(training_args.eval_strategy).value!r}; it needs eval_data or zero_shot_data."
-        )
+        strategy = IntervalStrategy(training_args.eval_strategy).value
+        raise ValueError(f"eval_strategy is {strategy!r}; it needs eval_data or zero_shot_data.")
     if training_args.fp16 and training_args.device.type == "cpu":
         raise ValueError("fp16 is True, which needs a GPU; bf16 works on a CPU too.")
     _check_scheduler(training_args)
