@@ -104,7 +104,7 @@ def build_processor(config: DiffCLIPConfig, tokenizer: str) -> DiffCLIPProcessor
 
 def classifier_labels(name: str) -> list[str] | None:
     """Return the labels that a saved classifier tells apart, in its order; None of other models."""
-    config = load_config(name, DiffCLIPConfig)
+    config: Any = load_config(name, DiffCLIPConfig)
     if DiffCLIPForImageClassification.__name__ not in (config.architectures or []):
         return None
     names: Any = config.id2label
