@@ -27,7 +27,13 @@ from .attention_diffclip import (
 )
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .hub_cache_diffclip import checked_downloads
-from .inputs_diffclip import check_input_ids, check_keyword_arguments, check_pixel_values, check_text_companion
+from .inputs_diffclip import (
+    check_input_ids,
+    check_keyword_arguments,
+    check_labels,
+    check_pixel_values,
+    check_text_companion,
+)
 from .loss_diffclip import image_text_contrastive_loss
 from .offloading_diffclip import check_four_bit_widths, check_has_weights, execution_device, weights_in_place
 
@@ -1090,6 +1096,8 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
             An `ImageClassifierOutput`, with `logits` (batch, num_labels) and, with labels, the loss.
         """
         check_keyword_arguments(DiffCLIPForImageClassification.forward, kwargs)
+        if labels is not None and isinstance(pixel_values, torch.Tensor):
+            check_labels(labels, len(pixel_values), self.num_labels)
         outputs = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
