@@ -23,17 +23,19 @@ pytest.importorskip("selenium", reason="it drives the browser, and the extra `de
 
 from demo_browser import CHROMIUM, DRIVER, LABELS, DemoPage, chromium, served
 
-from diffclip_hf import DiffCLIPForImageClassification, demo
+from diffclip_hf import DiffCLIPForImageClassification, add_remote_code, demo
 from diffclip_hf.demo_scores import (
     MAX_LABEL_CHARACTERS,
     MAX_LABELS,
     check_template,
     classify,
     draw_overlay,
+    load_pair,
     parse_labels,
     read_picture,
 )
 from diffclip_hf.image_reading import MAX_ASPECT, MAX_PIXELS
+from diffclip_hf.remote_code import CODE_FILES
 
 
 ROOT = Path(__file__).parent.parent
@@ -201,6 +203,8 @@ def test_a_label_that_is_too_long_is_cut_as_elsewhere():
         ([MODEL, "--examples", "nowhere"], "'nowhere' isn't a folder"),
         ([MODEL, "--write-space", str(PICTURES)], "not an empty folder"),
         ([MODEL, "--port", "70000"], "--port is 70000"),
+        ([MODEL, "--host", "256.0.0.1"], "--host is '256.0.0.1'"),
+        ([MODEL, "--allowed-host", "http://a"], "'http://a' is no host's name"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, words, caplog, monkeypatch):
@@ -232,14 +236,16 @@ def test_a_space_runs_without_the_package(tmp_path, stock):
     space = tmp_path / "space"
     assert demo.main([MODEL, "--write-space", str(space), "--examples", str(PICTURES)]) == 0
     left = shutil.copytree(MODEL, tmp_path / "with-secrets")
+    add_remote_code(left)
     for name in ("training_args.bin", ".env", "optimizer.pt"):
         (left / name).write_text("hf_SECRET")
     (left / "notes.txt").symlink_to(left / ".env")
     assert demo.main([str(left), "--write-space", str(tmp_path / "other")]) == 0
     assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file() and b"hf_S" in path.read_bytes()]
-    assert {path.name for path in (tmp_path / "other" / "with-secrets").iterdir()} == {
-        path.name for path in Path(MODEL).iterdir()
-    }
+    files = {path.name for path in Path(MODEL).iterdir()} - set(CODE_FILES)
+    assert {path.name for path in (tmp_path / "other" / "with-secrets").iterdir()} == files
+    # Its configuration names code that isn't there, and isn't needed.
+    load_pair(str(tmp_path / "other" / "with-secrets"), "cpu")
     front_matter = metadata_load(space / "README.md")
     assert (front_matter["sdk"], front_matter["sdk_version"]) == ("gradio", __version__)
     assert front_matter["models"] == ["diffclip-emoji"]

@@ -25,6 +25,7 @@ from diffclip_hf.demo_space import prepare_examples
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "embedded" / "diffclip-emoji")
 PICTURES = ROOT / "embedded" / "pictures"
+LONG_NAME = json.dumps({"data": [], "fn_index": 0, "session_hash": "a" * 101})
 ELSEWHERE = "isn't among those that were uploaded here"
 
 
@@ -41,7 +42,7 @@ def client(store):
 
     async def begin() -> tuple[Any, str]:
         page = demo.build_page({"diffclip-emoji": MODEL}, store, "cpu", examples)
-        return page, demo.open_server(page, store)
+        return page, demo.open_server(page, store, host_names("127.0.0.1"))
 
     # Outside of a loop Gradio makes loops of its own, and doesn't close them.
     page, address = asyncio.run(begin())
@@ -228,6 +229,9 @@ def test_which_hosts_are_right():
     assert host_names("0.0.0.0") is None
     assert host_names("a.example") is None
     assert host_names("0.0.0.0", ["Proxy.example"]) == names | {"0.0.0.0", "proxy.example"}
+    for name in ("https://proxy.example", "proxy.example:80", "proxy.example/", ""):
+        with pytest.raises(ValueError, match="is no host's name"):
+            host_names("127.0.0.1", [name])
 
 
 def test_bodies_have_a_size(client, store):
@@ -248,8 +252,8 @@ def test_bodies_have_a_size(client, store):
     assert client.post("/gradio_api/queue/join", content=iter([bytes(2**20)] * 3)).status_code == 413
 
 
-@pytest.mark.parametrize("body", ["[" * 100_000, '{"data":' + "[" * 50 + "]" * 50 + "}", "{", "", "\xff"])
-def test_calls_that_are_no_json(client, body):
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"data":' + "[" * 50 + "]" * 50 + "}", "{", "", "\xff", LONG_NAME])
+def test_calls_that_cannot_be(client, body):
     assert client.post("/gradio_api/queue/join", content=body.encode("latin-1")).status_code == 400
 
 

@@ -23,6 +23,7 @@ import html
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -205,23 +206,32 @@ def build_page(
     return page
 
 
+def check_host(host: str) -> None:
+    """Raise an OSError for an address at which this machine can't listen; Gradio would try port by port."""
+    bare = host.strip("[]")
+    try:
+        with socket.create_server((bare, 0), family=socket.AF_INET6 if ":" in bare else socket.AF_INET):
+            pass
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"--host is {host!r}, at which this machine can't listen: {error}") from error
+
+
 def open_server(
-    page: gr.Blocks, store: Path, host: str | None = None, port: int | None = None, allowed_hosts: Sequence[str] = ()
+    page: gr.Blocks, store: Path, hosts: frozenset[str] | None, host: str = "127.0.0.1", port: int | None = None
 ) -> str:
     """Begin to serve a page, until `page.close()`, and return its address.
 
     Args:
         page: What `build_page` returned, with the same store.
         store: The folder that `private_store` gives.
-        host: The address to listen at; by the environment, or else 127.0.0.1.
+        hosts: The names that requests may be for, as `host_names` gives them, or None for any.
+        host: The address to listen at.
         port: By the environment, or else the first free one from 7860.
-        allowed_hosts: Names that requests may be for; see `host_names`.
 
     Raises:
         OSError: The port is taken, or none is free.
     """
-    host = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
-    guard = Middleware(Guard, store=store, hosts=host_names(host, allowed_hosts))
+    guard = Middleware(Guard, store=store, hosts=hosts)
     page.queue(max_size=MAX_WAITING, api_open=False)
     _, address, _ = page.launch(
         server_name=host,
@@ -306,8 +316,12 @@ def run(args: argparse.Namespace) -> None:
     require_extra("plotting", "matplotlib")
     if args.port is not None and not 0 < args.port < 65536:
         raise ValueError(f"--port is {args.port}; it must be from 1 to 65535.")
+    host = args.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    hosts = host_names(host, args.allowed_host)
     if args.write_space is not None:
         check_output_folder(args.write_space)
+    else:
+        check_host(host)
     device = check_device(args.device)
     models = named_models(args.models or models_beside())
     folder = HERE / EXAMPLES if args.examples is None and (HERE / EXAMPLES).is_dir() else args.examples
@@ -325,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), private_store() as store:
         page = build_page(models, store, device, prepare_examples(examples, store / EXAMPLES))
-        open_server(page, store, args.host, args.port, args.allowed_host)
+        open_server(page, store, hosts, host, args.port)
         try:
             threading.Event().wait()
         finally:

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # An uploaded picture; its request has a little more, and calls have texts alone.
 MAX_MEGABYTES = 20
 MAX_UPLOAD_BODY, MAX_CALL_BODY, MAX_DEPTH = MAX_MEGABYTES * 2**20 + 100_000, 200_000, 20
+MAX_SESSION_NAME = 100
 # Of all that is stored at a time.
 MAX_STORED_BYTES = 2_000_000_000
 # How long it is, in seconds, and how often that's looked at.
@@ -142,7 +143,13 @@ def host_names(host: str, more: Sequence[str] = ()) -> frozenset[str] | None:
     Args:
         host: The address that is listened at.
         more: Names that are right too, such as a proxy's.
+
+    Raises:
+        ValueError: One of these is no name.
     """
+    for name in more:
+        if _name_of(f"//{name}") != name.strip("[]").lower():
+            raise ValueError(f"{name!r} is no host's name, such as demo.example; give it without port and address.")
     bare = host.strip("[]").lower()
     try:
         loopback = ipaddress.ip_address(bare).is_loopback
@@ -243,6 +250,8 @@ class Guard:
             content = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise _RefusedError(400, "The request's body isn't JSON, or is nested too deeply.") from error
+        if isinstance(content, dict) and len(str(content.get("session_hash"))) > MAX_SESSION_NAME:
+            raise _RefusedError(400, f"session_hash may have up to {MAX_SESSION_NAME} characters.")
         parts = [(content, 0)]
         while parts:
             part, depth = parts.pop()
