@@ -2,6 +2,8 @@
 
 import gzip
 import importlib.util
+import itertools
+import zlib
 from pathlib import Path
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -46,13 +48,21 @@ def clip_tokenizer(merges_file: Path) -> DiffCLIPTokenizer:
     """
     byte_tokens = list(bytes_to_unicode().values())
     merge_count = VOCABULARY_SIZE - 2 * len(byte_tokens) - 2
-    with gzip.open(merges_file, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : merge_count + 1]
+    try:
+        with gzip.open(merges_file, "rt", encoding="utf-8") as file:
+            lines = list(itertools.islice(file, 1, merge_count + 1))
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"{merges_file} can't be read ({error}); fetch it anew.") from error
     merges = [tuple(line.split()) for line in lines]
-    if len(merges) != merge_count or any(len(pair) != 2 for pair in merges):
+    known = {*byte_tokens, *(token + "</w>" for token in byte_tokens), *("".join(pair) for pair in merges)}
+    if (
+        len(merges) != merge_count
+        or len(known) != merge_count + 2 * len(byte_tokens)
+        or any(len(pair) != 2 or not known.issuperset(pair) for pair in merges)
+    ):
         raise ValueError(
             f"{merges_file} doesn't hold CLIP's merges: it must have a header and at least {merge_count} lines of two "
-            "symbols."
+            "symbols that it makes."
         )
     tokens = byte_tokens + [token + "</w>" for token in byte_tokens]
     tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]

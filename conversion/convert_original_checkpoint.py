@@ -26,10 +26,10 @@ import torch
 import transformers
 from clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
 from download import KNOWN_REPOSITORIES, download_checkpoint
-from original_checkpoint import ConversionError, load_state_dict
+from original_checkpoint import ConversionError, check_tensors, listed, load_state_dict
 from original_keys import key_table_of
 from parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
-from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 import diffclip_hf
 from diffclip_hf import (
@@ -40,8 +40,9 @@ from diffclip_hf import (
     DiffCLIPTokenizer,
     add_remote_code,
 )
-from diffclip_hf.commands import CommandParser
+from diffclip_hf.commands import CommandParser, run_command
 from diffclip_hf.hub_cache_diffclip import sha256_of
+from diffclip_hf.loading import check_tokenizer, load_tokenizer
 from diffclip_hf.whole_files import check_output_folder, written_whole
 
 
@@ -55,6 +56,8 @@ VARIANTS: dict[str, tuple[bool, bool, float | str]] = {
     "clip": (False, False, 0.8),
 }
 HEAD_DIM = 64
+# Far beyond any model of the kind; what a damaged shape says could fill the memory when the model is measured.
+MAX_VOCABULARY, MAX_TOKENS, MAX_SIDE = 10_000_000, 4096, 2048
 # SLIP's ViT-S/16, whose standard image tower has narrower heads: width → heads.
 SLIP_VISION_HEADS = {384: 12}
 # SLIP's head for the self-supervised loss, of no use after training.
@@ -80,14 +83,22 @@ def _shape(state_dict: Mapping[str, torch.Tensor], key: str, dimensions: int) ->
 
 def _depth(state_dict: Mapping[str, torch.Tensor], blocks: str) -> int:
     """Return the number of blocks whose keys start with `blocks`."""
-    pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
-    layers = [int(match[1]) for match in map(pattern.match, state_dict) if match]
+    pattern = re.compile(rf"{re.escape(blocks)}\.(0|[1-9][0-9]*)\.", re.ASCII)
+    layers = {match[1] for match in map(pattern.match, state_dict) if match}
     if not layers:
         raise ConversionError(
             f"No key starts with {blocks!r}: this is no checkpoint of DiffCLIP or of SLIP's CLIP. Its first keys are "
-            f"{sorted(state_dict)[:3]}."
+            f"{listed(sorted(state_dict), 3)}."
         )
-    return max(layers) + 1
+    # As text, since a number may have any length.
+    missing = [str(layer) for layer in range(len(layers)) if str(layer) not in layers]
+    if missing:
+        beyond = layers - set(map(str, range(len(layers))))
+        raise ConversionError(
+            f"The keys have {len(layers)} layers that start with {blocks!r}, which must be numbered from 0 without a "
+            f"gap: there is {listed(sorted(beyond))}, but not {listed(missing)}."
+        )
+    return len(layers)
 
 
 def _heads(tower: str, width: int, lambda_length: int | None, given: int | None, assumptions: list[str]) -> int:
@@ -138,6 +149,7 @@ def infer_config(
         ConversionError: A key is missing or misshapen, or an option contradicts the keys.
     """
     assumptions = [] if assumptions is None else assumptions
+    check_tensors(state_dict)
     vision_layers, text_layers = _depth(state_dict, "visual.blocks"), _depth(state_dict, "transformer.resblocks")
     vision_lambda, text_lambda = "visual.blocks.0.attn.lambda_q1", "transformer.resblocks.0.attn.lambda_q1"
     found = (vision_lambda in state_dict, text_lambda in state_dict)
@@ -165,7 +177,18 @@ def infer_config(
         raise ConversionError(
             f"--image-size is {image_size}; 'visual.pos_embed' has {grid}x{grid} patches of {patch_size} pixels."
         )
+    if channels != 3:
+        raise ConversionError(f"Key 'visual.patch_embed.proj.weight' has {channels} channels; a picture has 3.")
     vocab_size, text_width = _shape(state_dict, "token_embedding.weight", 2)
+    length = _shape(state_dict, "positional_embedding", 2)[0]
+    for what, number, least, most in (
+        ("'token_embedding.weight' has a vocabulary of", vocab_size, 4, MAX_VOCABULARY),
+        ("'positional_embedding' has a number of tokens of", length, 3, MAX_TOKENS),
+        ("'visual.pos_embed' has a number of positions of", positions, 2, MAX_TOKENS),
+        ("The patches make images with a side of", image_size, 1, MAX_SIDE),
+    ):
+        if not least <= number <= most:
+            raise ConversionError(f"{what} {number:,}; it must be from {least} to {most:,}.")
     projection_dim = _shape(state_dict, "image_projection", 2)[1]
 
     def attention(tower: str, differential: bool, key: str, width: int, given: int | None) -> dict[str, Any]:
@@ -195,7 +218,7 @@ def infer_config(
             "hidden_size": text_width,
             "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
             "num_hidden_layers": text_layers,
-            "max_position_embeddings": _shape(state_dict, "positional_embedding", 2)[0],
+            "max_position_embeddings": length,
             "bos_token_id": vocab_size - 2,
             "eos_token_id": vocab_size - 1,
             **attention("text", found[1], text_lambda, text_width, text_heads),
@@ -209,19 +232,21 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPC
     Raises:
         ConversionError: A key is missing, unexpected, of another shape than the configuration's, or not finite.
     """
-    with torch.device("meta"):
-        model = DiffCLIPModel(config)
-    shapes = model.state_dict()
+    check_tensors(state_dict)
     table = key_table_of(config)
     missing = [entry.original for entry in table if entry.original not in state_dict]
     unexpected = sorted(set(state_dict) - {entry.original for entry in table})
     if missing or unexpected:
-        raise ConversionError(f"The keys don't fit. Missing: {missing or 'none'}. Unexpected: {unexpected or 'none'}.")
+        raise ConversionError(f"The keys don't fit. Missing: {listed(missing)}. Unexpected: {listed(unexpected)}.")
+    with torch.device("meta"):
+        model = DiffCLIPModel(config)
+    shapes = model.state_dict()
 
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values())
     if set(dtypes) != {"float32"}:
         logger.warning("Converting to float32 what the checkpoint has as %s (number of tensors).", dict(dtypes))
     converted: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
     for entry in table:
         tensor = state_dict[entry.original]
         expected = entry.layout.to_original([shapes[key] for key in entry.port]).shape
@@ -229,53 +254,43 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPC
             raise ConversionError(
                 f"Key {entry.original!r} has shape {tuple(tensor.shape)}; it must be {tuple(expected)}."
             )
-        if not tensor.is_floating_point():
-            raise ConversionError(f"Key {entry.original!r} is of {tensor.dtype}; it must be of a floating-point type.")
+        tensor = tensor.float()
         # Not isfinite(), whose intermediates would be another copy of the largest tensor in memory.
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise ConversionError(f"Key {entry.original!r} holds NaN or infinite values; every value must be finite.")
-        converted.update(zip(entry.port, entry.layout.to_port(tensor.float()), strict=True))
+            raise ConversionError(
+                f"Key {entry.original!r} holds NaN or infinite values in float32; every value must be finite."
+            )
+        # safetensors has no place for tensors that share theirs.
+        if (storage := tensor.untyped_storage().data_ptr()) in storages:
+            tensor = tensor.clone()
+        storages.add(storage)
+        converted.update(zip(entry.port, entry.layout.to_port(tensor), strict=True))
     model.load_state_dict(converted, strict=True, assign=True)
     return model.eval()
 
 
-def load_tokenizer(source: str | None, vocab_size: int) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a folder, Hub id or merges file, or by default CLIP's from an installed package.
-
-    Args:
-        source: `--tokenizer`.
-        vocab_size: Of the checkpoint's token embedding.
-
-    Returns:
-        The tokenizer; None where no source is given and the vocabulary isn't CLIP's.
+def given_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `--tokenizer`: a folder's, a Hub id's or a merges file's.
 
     Raises:
-        ConversionError: The source has no tokenizer, or one with ids that the checkpoint hasn't.
+        ValueError: The source has no tokenizer, or one without a vocabulary.
     """
-    tokenizer: PreTrainedTokenizerBase
-    try:
-        if source is not None and source.endswith(".txt.gz"):
-            tokenizer = clip_tokenizer(Path(source))
-        elif source is not None:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            if type(tokenizer) is CLIPTokenizer:
-                tokenizer = DiffCLIPTokenizer.from_pretrained(source)
-        elif vocab_size == VOCABULARY_SIZE:
-            tokenizer = clip_tokenizer(find_merges_file())
-        else:
-            logger.warning(
-                "The vocabulary has %d tokens, CLIP's %d: no tokenizer is saved; pass --tokenizer to save one.",
-                vocab_size,
-                VOCABULARY_SIZE,
-            )
-            return None
-    except (OSError, ValueError) as error:
-        raise ConversionError(str(error)) from error
-    if len(tokenizer) > vocab_size:
-        raise ConversionError(
-            f"--tokenizer {source} has {len(tokenizer)} tokens; the checkpoint has embeddings for {vocab_size}."
-        )
-    return tokenizer
+    if source.endswith(".txt.gz"):
+        return clip_tokenizer(Path(source))
+    tokenizer = load_tokenizer(source)
+    return load_tokenizer(source, DiffCLIPTokenizer) if type(tokenizer) is CLIPTokenizer else tokenizer
+
+
+def default_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """Return CLIP's tokenizer from an installed package, or None where the checkpoint's vocabulary isn't CLIP's."""
+    if vocab_size == VOCABULARY_SIZE:
+        return clip_tokenizer(find_merges_file())
+    logger.warning(
+        "The vocabulary has %d tokens, CLIP's %d: no tokenizer is saved; pass --tokenizer to save one.",
+        vocab_size,
+        VOCABULARY_SIZE,
+    )
+    return None
 
 
 def write_folder(
@@ -309,7 +324,13 @@ def variant_of(config: DiffCLIPConfig) -> str:
     return "other"
 
 
-def convert_checked(source: Path, folder: Path, args: argparse.Namespace, variant: str) -> dict[str, Any]:
+def convert_checked(
+    source: Path,
+    folder: Path,
+    args: argparse.Namespace,
+    variant: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
     """Write the converted model into an existing folder and measure it there.
 
     Args:
@@ -317,6 +338,7 @@ def convert_checked(source: Path, folder: Path, args: argparse.Namespace, varian
         folder: Empty.
         args: The command line's.
         variant: `"auto"` or a key of `VARIANTS`.
+        tokenizer: That of `--tokenizer`.
 
     Returns:
         The report, but for the source and the hashes of the files.
@@ -331,8 +353,10 @@ def convert_checked(source: Path, folder: Path, args: argparse.Namespace, varian
         logger.warning("Dropping SLIP's self-supervised head, of no use after training: %s.", ", ".join(dropped))
         state_dict = {key: value for key, value in state_dict.items() if key not in dropped}
     config = infer_config(state_dict, variant, args.text_heads, args.vision_heads, args.image_size, assumptions)
-    tokenizer = None if args.no_processor else load_tokenizer(args.tokenizer, config.text_config.vocab_size)
+    if tokenizer is None and not args.no_processor:
+        tokenizer = default_tokenizer(config.text_config.vocab_size)
     if tokenizer is not None:
+        check_tokenizer(tokenizer, config, args.tokenizer or "")
         config.text_config.pad_token_id = tokenizer.pad_token_id
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
     write_folder(convert_state_dict(state_dict, config), tokenizer, not args.no_processor, folder)
@@ -358,26 +382,45 @@ def resolve_source(args: argparse.Namespace) -> tuple[Path, str, dict[str, Any]]
     """Return the checkpoint's path, its variant or "auto", and what the report says of where it is from.
 
     Raises:
-        ConversionError: `--variant` contradicts what a known repository holds, or the Hub has no such file.
+        ConversionError: The Hub has no such file.
     """
     if args.checkpoint is not None:
         path = Path(args.checkpoint)
         return path, args.variant, {"file": path.name}
+    variant = KNOWN_REPOSITORIES.get(args.repo_id, args.variant)
+    path, commit = download_checkpoint(args.repo_id, args.filename, args.revision, args.token)
+    return path, variant, {"file": args.filename, "repo_id": args.repo_id, "commit": commit}
+
+
+def check_before(args: argparse.Namespace) -> PreTrainedTokenizerBase | None:
+    """Find out before a download what would end the conversion after it; return the tokenizer of `--tokenizer`.
+
+    Raises:
+        ConversionError: `--variant` contradicts what a known repository holds.
+        OSError: The folder can't be written, or CLIP's vocabulary is missing.
+        ValueError: `--tokenizer` has none.
+    """
+    check_output_folder(args.output_dir)
     known = KNOWN_REPOSITORIES.get(args.repo_id)
     if known is not None and args.variant not in ("auto", known):
         raise ConversionError(f"--variant is {args.variant}; --repo-id {args.repo_id} holds a model of {known!r}.")
-    path, commit = download_checkpoint(args.repo_id, args.filename, args.revision, args.token)
-    return path, known or args.variant, {"file": args.filename, "repo_id": args.repo_id, "commit": commit}
+    if args.no_processor:
+        return None
+    if args.tokenizer is not None:
+        return given_tokenizer(args.tokenizer)
+    if known is not None:
+        # All of them have CLIP's vocabulary.
+        find_merges_file()
+    return None
 
 
 def convert(args: argparse.Namespace) -> None:
     """Convert as the command line says; a failure leaves nothing at `--output-dir`."""
     folder = Path(args.output_dir)
-    # Before a download, not only when the folder is made.
-    check_output_folder(folder)
+    tokenizer = check_before(args)
     path, variant, source = resolve_source(args)
     with written_whole(folder) as beside:
-        report = convert_checked(path, beside, args, variant)
+        report = convert_checked(path, beside, args, variant, tokenizer)
         versions = {module.__name__: module.__version__ for module in (torch, transformers, safetensors, np)}
         versions |= {"diffclip_hf": diffclip_hf.__version__, "huggingface_hub": huggingface_hub.__version__}
         report = {
@@ -430,12 +473,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where the checkpoint doesn't fit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        convert(parse_args(argv))
-    except (ConversionError, OSError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: convert(parse_args(argv)), logger)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,30 @@ python conversion/convert_to_original.py diffclip-vitb16 checkpoint.pt
 """
 
 import argparse
-import json
 import logging
+import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
-from original_checkpoint import ConversionError
+from model_card import read_json
+from original_checkpoint import ConversionError, check_tensors, listed
 from original_keys import key_table_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
-from diffclip_hf.commands import CommandParser
-from diffclip_hf.whole_files import write_whole
+from diffclip_hf.commands import CommandParser, run_command
+from diffclip_hf.loading import load_config
+from diffclip_hf.whole_files import check_output_file, write_whole
 
 
 logger = logging.getLogger("convert_to_original")
+
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 
 def check_config(config: DiffCLIPConfig) -> None:
@@ -66,14 +71,38 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(_SHARD.fullmatch(str(name)) for name in shards.values()):
+            raise ConversionError(f"{index} has no weight_map from each key to a shard of {folder}.")
+        names = sorted(set(shards.values()))
     state_dict: dict[str, torch.Tensor] = {}
     for name in names:
         try:
-            state_dict.update(load_file(folder / name))
+            found = load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise ConversionError(f"{folder / name} can't be read as safetensors: {error}") from error
+        if twice := sorted(found.keys() & state_dict.keys()):
+            raise ConversionError(f"{folder / name} gives {listed(twice)} anew, which another shard has.")
+        state_dict.update(found)
+    check_tensors(state_dict)
     return state_dict
+
+
+def check_layers(keys: Iterable[str], config: DiffCLIPConfig) -> None:
+    """Raise unless keys of this port have the layers that a configuration says; before it's built, which takes long.
+
+    Raises:
+        ConversionError: It says which tower, and the number in the keys and in the configuration.
+    """
+    keys = list(keys)
+    for name, tower in (("vision", config.vision_config), ("text", config.text_config)):
+        pattern = re.compile(rf"{name}_model\.encoder\.layers\.([^.]*)\.")
+        layers = {match[1] for match in map(pattern.match, keys) if match}
+        if len(layers) != tower.num_hidden_layers:
+            raise ConversionError(
+                f"The weights have {len(layers)} layers in the {name} tower; num_hidden_layers in config.json is "
+                f"{tower.num_hidden_layers}."
+            )
 
 
 def original_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPConfig) -> dict[str, torch.Tensor]:
@@ -86,13 +115,13 @@ def original_state_dict(state_dict: Mapping[str, torch.Tensor], config: DiffCLIP
     Raises:
         ConversionError: A key is missing, unexpected or of another shape than the configuration's.
     """
+    check_layers(state_dict, config)
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in DiffCLIPModel(config).state_dict().items()}
     missing, unexpected = sorted(shapes.keys() - state_dict.keys()), sorted(state_dict.keys() - shapes.keys())
     if missing or unexpected:
         raise ConversionError(
-            f"The keys aren't those of a DiffCLIPModel. Missing: {missing or 'none'}. Unexpected: "
-            f"{unexpected or 'none'}."
+            f"The keys aren't those of a DiffCLIPModel. Missing: {listed(missing)}. Unexpected: {listed(unexpected)}."
         )
     for key, shape in shapes.items():
         if state_dict[key].shape != shape:
@@ -113,19 +142,15 @@ def convert(folder: Path, output: Path) -> None:
     Raises:
         ConversionError: The folder isn't such a model's, its model can't be the original's, or the file exists.
     """
-    if output.exists() and (not output.is_file() or output.stat().st_size > 0):
+    check_output_file(output)
+    if output.exists() and output.stat().st_size > 0:
         raise ConversionError(f"FILE.pt {output} exists and is not an empty file; name a new one.")
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ConversionError(
             f"DIR {folder} has no config.json; it must be a folder that a DiffCLIP model was saved to."
         )
-    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    if model_type != DiffCLIPConfig.model_type:
-        raise ConversionError(
-            f"model_type in {config_file} is {model_type!r}; it must be {DiffCLIPConfig.model_type!r}."
-        )
-    config = DiffCLIPConfig.from_pretrained(folder)
+    config = cast(DiffCLIPConfig, load_config(folder, DiffCLIPConfig))
     check_config(config)
     state_dict = original_state_dict(load_folder(folder), config)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values())
@@ -157,12 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where the folder doesn't fit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args(argv)
-    try:
-        convert(Path(args.folder), Path(args.output))
-    except ConversionError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: convert(Path(args.folder), Path(args.output)), logger)
 
 
 if __name__ == "__main__":

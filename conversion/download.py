@@ -21,8 +21,13 @@ from diffclip_hf.hub_cache_diffclip import check_cached_file
 KNOWN_REPOSITORIES = {
     "hammh0a/DiffCLIP_ViTB16_CC12M": "diffclip",
     "hammh0a/DiffCLIP_ViTB16_CC3M": "diffclip",
-    "hammh0a/CLIP_ViTB16_CC12M": "clip",
-    "hammh0a/CLIP_ViTB16_CC3M": "clip",
+    "hammh0a/ViTB16_CC12M": "clip",
+    "hammh0a/ViTB16_CC3M": "clip",
+    # Of SynthCLIP, by the same authors and code.
+    "hammh0a/ViTB16-CC12M": "clip",
+    "hammh0a/SynthCLIP_ViTB16_10M": "clip",
+    "hammh0a/SynthCLIP_ViTB16_20M": "clip",
+    "hammh0a/SynthCLIP_ViTB16_30M": "clip",
 }
 
 

@@ -27,7 +27,7 @@ _VITB16 = {
 _CONDITIONAL = re.compile(r"<!-- only (with|without) code -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 
-class CardError(Exception):
+class CardError(ValueError):
     """A file or an option that the card is made from doesn't fit; the message says which, and what is expected."""
 
 
@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CardError(f"{path} holds no JSON: {error}") from error
     if not isinstance(content, dict):
         raise CardError(f"{path} holds a {type(content).__name__}; it must be an object.")
@@ -87,8 +87,9 @@ def source_and_dataset(card: Card, data: dict[str, Any]) -> tuple[str | None, st
         raise CardError(f"--source-repo is {card.source_repo}; the conversion's report says {reported}.")
     source = card.source_repo or reported
     known = data["sources"].get(source)
-    if card.dataset and known and card.dataset != known:
-        raise CardError(f"--dataset is {card.dataset}; {source} was trained on {known}.")
+    trained_on = known or data["synthclip"].get(source)
+    if card.dataset and trained_on and card.dataset != known:
+        raise CardError(f"--dataset is {card.dataset}; {source} was trained on {trained_on}.")
     return source, card.dataset or known
 
 
@@ -147,8 +148,12 @@ def is_vitb16(config: DiffCLIPConfig) -> bool:
     )
 
 
-def paper_figures(config: DiffCLIPConfig, variant: str, dataset: str | None, data: dict[str, Any]) -> str:
+def paper_figures(
+    config: DiffCLIPConfig, variant: str, source: str | None, dataset: str | None, data: dict[str, Any]
+) -> str:
     """Return the paper's figures of a variant and training data, or why there are none."""
+    if source in data["synthclip"]:
+        return "DiffCLIP's paper has no figures of this model: it is of SynthCLIP, by the same authors."
     if not is_vitb16(config):
         return "The paper reports ViT-B/16 models; this one has other sizes, so none of its figures apply."
     if dataset is None:
@@ -239,6 +244,17 @@ def front_matter(card: Card, variant: str, source: str | None, dataset: str | No
     ).to_yaml()
 
 
+def about(variant: str, source: str | None, data: dict[str, Any]) -> str:
+    """Return what the model is, in a sentence or two."""
+    if source in data["synthclip"]:
+        return (
+            "Both towers of this model have standard attention: it is a CLIP of "
+            "[SynthCLIP](https://arxiv.org/abs/2402.01832), by the same authors and code, trained on "
+            f"{data['synthclip'][source]}."
+        )
+    return data["variants"][variant]["about"]
+
+
 def render_card(card: Card) -> str:
     """Return the text of the model card.
 
@@ -256,14 +272,16 @@ def render_card(card: Card) -> str:
     return template.substitute(
         metadata=front_matter(card, variant, source, dataset, data),
         name=card.repo_id.split("/")[-1],
-        title=data["variants"][variant]["title"],
-        about=data["variants"][variant]["about"],
+        title="A plain CLIP in the classes of DiffCLIP"
+        if source in data["synthclip"]
+        else data["variants"][variant]["title"],
+        about=about(variant, source, data),
         repo_id=card.repo_id,
         revision_argument=revision,
         revision_option=f" --revision {card.revision}" if card.revision else "",
         preprocessing=preprocessing(card.folder),
         configuration=configuration(config),
-        paper=paper_figures(config, variant, dataset, data),
+        paper=paper_figures(config, variant, source, dataset, data),
         conversion=conversion(card.report),
         context_length=config.text_config.max_position_embeddings,
     )

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from convert_original_checkpoint import REPORT_FILE
+from convert_to_original import check_layers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from model_card import Card, CardError, read_json, render_card
+from model_card import Card, read_json, render_card
 from parity_gate import MAX_ERROR
 from safetensors import SafetensorError, safe_open
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, add_remote_code
-from diffclip_hf.commands import CommandParser
+from diffclip_hf.commands import CommandParser, run_command
 from diffclip_hf.hub_cache_diffclip import sha256_of
 from diffclip_hf.remote_code import CODE_FILES, WEIGHTS, files_to_share
 
@@ -31,10 +32,11 @@ from diffclip_hf.remote_code import CODE_FILES, WEIGHTS, files_to_share
 logger = logging.getLogger("push_to_hub")
 
 PICKLES = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+DTYPES = ("F32", "F16", "BF16", "F64")
 REQUIRED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-class PushError(Exception):
+class PushError(ValueError):
     """The folder or an option doesn't fit, or the Hub refused; the message says which, and what is expected."""
 
 
@@ -74,14 +76,22 @@ def check_weights(weights: Iterable[Path], folder: Path) -> None:
     for path in weights:
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise PushError(f"{path} can't be read as safetensors: {error}") from error
+        for name, tensor in slices.items():
+            if name in found:
+                raise PushError(f"{path} gives {name!r} anew, which another shard has.")
+            if tensor.get_dtype() not in DTYPES:
+                raise PushError(f"{path}: {name!r} is of {tensor.get_dtype()}; it must be of {', '.join(DTYPES)}.")
+            found[name] = tensor.get_shape()
     try:
-        with torch.device("meta"):
-            model = DiffCLIPModel(DiffCLIPConfig.from_pretrained(folder))
+        config = DiffCLIPConfig.from_pretrained(folder)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise PushError(f"{folder / 'config.json'} is not valid: {error}") from error
+    check_layers(found, config)
+    with torch.device("meta"):
+        model = DiffCLIPModel(config)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if found != expected:
         names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -279,12 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where the folder doesn't fit or the Hub refuses."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args(argv)
-    try:
-        push(args)
-    except (PushError, CardError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    return run_command(lambda: push(args), logger)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import convert_to_original as back
 import pytest
 import torch
 from parity_models import FIXTURES, VARIANTS
+from safetensors.torch import load_file, save_file
 from test_conversion import convert_tiny
 
 from diffclip_hf import DiffCLIPModel
@@ -80,7 +81,7 @@ def test_a_file_in_use_is_left_alone(tmp_path, folder, caplog):
     (tmp_path / "mine.pt").write_text("mine")
     failing(caplog, folder, tmp_path / "mine.pt", ["mine.pt exists and is not an empty file"])
     assert (tmp_path / "mine.pt").read_text() == "mine"
-    failing(caplog, folder, tmp_path, ["exists and is not an empty file"])
+    failing(caplog, folder, tmp_path, ["exists and is not a file"])
 
 
 def changed(folder: Path, copy: Path, tower: str, **fields) -> Path:
@@ -103,10 +104,13 @@ def test_what_is_no_original_is_refused(tmp_path, folder, caplog):
     wider = changed(folder, tmp_path / "wider", "text_config", intermediate_size=200)
     failing(caplog, wider, output, ["has shape (192, 48); config.json says (200, 48)"])
     deeper = changed(folder, tmp_path / "deeper", "text_config", num_hidden_layers=5)
-    failing(caplog, deeper, output, ["Missing: ['text_model.encoder.layers.4."])
+    failing(caplog, deeper, output, ["4 layers in the text tower; num_hidden_layers in config.json is 5"])
+    # Nothing of the size that it says is built.
+    absurd = changed(folder, tmp_path / "absurd", "vision_config", num_hidden_layers=999_999_999)
+    failing(caplog, absurd, output, ["3 layers in the vision tower; num_hidden_layers in config.json is 999999999"])
     model = DiffCLIPModel.from_pretrained(folder)
     model.vision_model.save_pretrained(tmp_path / "tower")
-    failing(caplog, tmp_path / "tower", output, ["model_type", "'diffclip_vision_model'; it must be 'diffclip'"])
+    failing(caplog, tmp_path / "tower", output, ["of the kind 'diffclip_vision_model'; it must be of 'diffclip'"])
     weights = activation / "model.safetensors"
     (activation / "config.json").write_bytes((folder / "config.json").read_bytes())
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -115,12 +119,39 @@ def test_what_is_no_original_is_refused(tmp_path, folder, caplog):
     failing(caplog, activation, output, ["model.safetensors can't be read as safetensors"])
 
 
-def test_a_failure_while_writing_leaves_nothing(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("fault", ["gap", "twice", "whole", "index"])
+def test_damaged_shards_are_refused(tmp_path, folder, caplog, fault):
+    shards = tmp_path / "shards"
+    DiffCLIPModel.from_pretrained(folder).save_pretrained(shards, max_shard_size="200KB")
+    first = next(shards.glob("*-00001-of-*.safetensors"))
+    content = load_file(first)
+    key = next(key for key in content if "layers.0." in key)
+    if fault == "gap":
+        content[key.replace("layers.0.", "layers.999999999.")] = content.pop(key)
+        words = ["layers in the", "in config.json is"]
+    elif fault == "twice":
+        other = next(shards.glob("*-00002-of-*.safetensors"))
+        content |= load_file(other)
+        words = ["which another shard has"]
+    elif fault == "whole":
+        content[key] = content[key].long()
+        words = [f"{key!r} is of torch.int64"]
+    else:
+        (shards / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
+        words = ["has no weight_map"]
+    save_file(content, first)
+    failing(caplog, shards, tmp_path / "x.pt", words)
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(tmp_path, folder, caplog, monkeypatch):
+    monkeypatch.setattr(back, "load_folder", lambda folder: pytest.fail("too late"))
+    failing(caplog, folder, tmp_path / ("n" * 300), ["can't be written (File name too long"])
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, folder, caplog, monkeypatch):
     def full_disk(content, file):
         file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        run(folder, tmp_path / "x.pt")
-    assert list(tmp_path.iterdir()) == []
+    failing(caplog, folder, tmp_path / "x.pt", ["No space left"])

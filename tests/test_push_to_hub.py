@@ -237,6 +237,21 @@ def make_card(folder: Path, dataset: str | None, **config) -> str:
     return render_card(Card("org/x", None, folder, None, True, dataset, None, "unknown"))
 
 
+def test_a_clip_of_another_paper_gets_no_figures_of_this_one(folder):
+    standard = {"attention_type": "standard"}
+    DiffCLIPConfig(vision_config=standard, text_config=standard).save_pretrained(folder)
+    for source, words in (
+        ("ViTB16-CC12M", "trained on CC12M."),
+        ("SynthCLIP_ViTB16_20M", "20 million synthetic pairs"),
+    ):
+        card = render_card(Card("org/x", None, folder, None, True, None, f"hammh0a/{source}", "unknown"))
+        assert words in card
+        assert "DiffCLIP's paper has no figures of this model" in card
+        assert "31.8" not in card
+    with pytest.raises(ValueError, match=r"--dataset is cc3m; .* trained on 20 million synthetic pairs"):
+        render_card(Card("org/x", None, folder, None, True, "cc3m", "hammh0a/SynthCLIP_ViTB16_20M", "unknown"))
+
+
 @pytest.mark.parametrize(
     ("config", "title", "figures"),
     [
@@ -353,12 +368,27 @@ def test_refuses_damaged_weights(push, hub, folder):
     refused(push, hub, folder, words=r"has no model\.safetensors")
 
 
+def test_refuses_weights_that_are_no_floating_point_numbers(push, hub, folder):
+    content = load_file(folder / "model.safetensors")
+    content["logit_scale"] = torch.tensor(3)
+    save_file(content, folder / "model.safetensors")
+    refused(push, hub, folder, words="'logit_scale' is of I64; it must be of F32, F16, BF16, F64")
+
+
 def test_refuses_weights_of_another_configuration(push, hub, folder):
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["num_hidden_layers"] = 2
+    # Nothing of the larger number is built.
+    for layers in (2, 999_999_999):
+        config["vision_config"]["num_hidden_layers"] = layers
+        (folder / "config.json").write_text(json.dumps(config))
+        words = f"3 layers in the vision tower; num_hidden_layers in config.json is {layers}"
+        refused(push, hub, folder, words=words)
+    config["vision_config"]["num_hidden_layers"] = 3
+    config["vision_config"]["intermediate_size"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    words = r"vision_model\.encoder\.layers\.2\..* and others: .* it must have None"
+    words = r"vision_model\.encoder\.layers\.0\..* and others: .* it must have \["
     refused(push, hub, folder, words=words)
+    config["vision_config"]["intermediate_size"] -= 1
     config["vision_config"]["lambda_init"] = "deep"
     (folder / "config.json").write_text(json.dumps(config))
     refused(push, hub, folder, words=r"config\.json is not valid: .*'deep'")

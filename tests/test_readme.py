@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import WRITER, HubServer
+from original_checkpoint import load_state_dict
 from parity_models import FIXTURES
+from released_checkpoint import IMPORTS, imports_of, save_released
 
 
 ROOT = Path(__file__).parent.parent
@@ -86,14 +88,13 @@ def test_onnx_snippets(python):
 
 
 def test_from_the_hub_and_back(clone, warm_python, tmp_path):
-    """Against a Hub on loopback that has a tiny checkpoint, with CLIP's vocabulary, under the released one's name."""
-    checkpoint = torch.load(clone / "checkpoint_best.pt", weights_only=False)
+    """Against a Hub on loopback that has a file like the released one under its name, but for a tiny model."""
     generator = torch.Generator().manual_seed(0)
-    weights = checkpoint["state_dict"]
-    weights["module.token_embedding.weight"] = torch.randn(49408, 48, generator=generator)
-    weights["module.positional_embedding"] = torch.randn(77, 48, generator=generator)
+    weights = load_state_dict(clone / "checkpoint_best.pt")
+    weights["token_embedding.weight"] = torch.randn(49408, 48, generator=generator)
+    weights["positional_embedding"] = torch.randn(77, 48, generator=generator)
     (tmp_path / "source").mkdir()
-    torch.save({"state_dict": weights}, tmp_path / "source" / "checkpoint_best.pt")
+    assert imports_of(save_released(tmp_path / "source" / "checkpoint_best.pt", weights, "DIFFCLIP_VITB16")) == IMPORTS
     with HubServer(tmp_path / "server") as hub:
         hub.add(SOURCE, tmp_path / "source")
         environment = hub.environment(tmp_path / "home", WRITER)
@@ -108,8 +109,8 @@ def test_from_the_hub_and_back(clone, warm_python, tmp_path):
             hub.head("org/name")
         )
     back = torch.load(clone / "back.pt", weights_only=True)["state_dict"]
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[key], value) for key, value in weights.items())
+    assert back.keys() == {f"module.{key}" for key in weights}
+    assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
 
 
 def test_the_commands_are_the_makefiles():

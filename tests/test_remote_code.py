@@ -15,8 +15,8 @@ EMOJI = Path(__file__).parent.parent / "embedded" / "diffclip-emoji"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model's folder, without code."""
-    return Path(shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
+    """A model's folder."""
+    return Path(shutil.copytree(EMOJI, tmp_path / "model"))
 
 
 def test_code_goes_beside_a_snapshot_of_the_hubs_cache_and_not_into_its_blobs(tmp_path, folder):
@@ -34,7 +34,7 @@ def test_code_goes_beside_a_snapshot_of_the_hubs_cache_and_not_into_its_blobs(tm
     assert not (tmp_path / "nowhere.py").exists()
     assert json.loads((snapshot / "config.json").read_text())["auto_map"]
     assert not any((snapshot / name).is_symlink() for name in (*CODE_FILES, "config.json", "processor_config.json"))
-    assert {path.name for path in snapshot.iterdir()} == {*CODE_FILES, *(path.name for path in folder.iterdir())}
+    assert {path.name for path in snapshot.iterdir()} == {*CODE_FILES, *(path.name for path in EMOJI.iterdir())}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
@@ -56,9 +56,8 @@ def test_nothing_that_is_not_a_models_leaves(folder, caplog):
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.json", "report.json"):
         (folder / name).write_text("model's")
     found = {path.name for path in files_to_share(folder, also=["report.json"])}
-    models = {path.name for path in EMOJI.iterdir()} - {*CODE_FILES, "__pycache__"}
     shards = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
-    assert found == models | shards | {"vocab.json", "report.json"}
+    assert found == {path.name for path in EMOJI.iterdir()} | shards | {"vocab.json", "report.json"}
     assert all(name in caplog.text for name in (*secrets, "checkpoint-1", "notes.txt"))
 
 

@@ -158,9 +158,9 @@ def test_a_file_that_could_not_be_written_in_the_end_is_refused_before(elsewhere
         check_output_file(elsewhere / path)
     check_output_file("new")
     cases = {
-        ".": ". exists and is no file",
-        elsewhere: "in exists and is no file",
-        "/dev/null": "/dev/null exists and is no file",
+        ".": ". exists and is not a file",
+        elsewhere: "in exists and is not a file",
+        "/dev/null": "/dev/null exists and is not a file",
         elsewhere / "file" / "new": "file/new can't be written (",
         elsewhere / "dangling" / "new": "dangling is a link to nowhere",
         elsewhere / ("n" * 300): "can't be written (File name too long",

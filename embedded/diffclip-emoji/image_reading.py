@@ -94,13 +94,6 @@ def _decode(image: Image.Image) -> None:
         image.load()
 
 
-def _check_opened(image: Image.Image) -> None:
-    """Check an image that Pillow has opened without us."""
-    check_size(*image.size)
-    if image.format not in (None, *RASTER_FORMATS):
-        raise ValueError(f"The image's format is {image.format}; it must be one of {', '.join(RASTER_FORMATS)}.")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn a Pillow image of any mode into an upright 8-bit RGB image without metadata.
 
@@ -116,7 +109,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: The size isn't allowed; the image was opened from a file that isn't a raster picture, such as EPS;
             its mode is F, whose range isn't known; or its mode is I and a value is outside 0..65535.
     """
-    _check_opened(image)
+    check_size(*image.size)
+    if image.format not in (None, *RASTER_FORMATS):
+        raise ValueError(f"The image's format is {image.format}; it must be one of {', '.join(RASTER_FORMATS)}.")
     _decode(image)
     # Only now is it known of formats that hold pictures in a frame, as ICO does.
     check_size(*image.size)
@@ -142,25 +137,13 @@ def _without_alpha(image: Image.Image) -> Image.Image:
                 "in 0..65535."
             )
         levels = (samples + SIXTEEN_BIT_STEP // 2) // SIXTEEN_BIT_STEP
-        if isinstance(image.info.get("transparency"), int):
+        if "transparency" in image.info:
             levels[samples == image.info["transparency"]] = 255
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, _to_rgba(image)).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_rgba(image: Image.Image) -> Image.Image:
-    """Return RGBA, opaque where the transparent colour that the metadata names is none."""
-    try:
-        return image.convert("RGBA")
-    except (TypeError, ValueError):
-        if "transparency" not in image.info:
-            raise
-        opaque = image.copy()
-        del opaque.info["transparency"]
-        return opaque.convert("RGBA")
 
 
 def _one_line(error: BaseException) -> str:
@@ -168,18 +151,15 @@ def _one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def _without_metadata(data: bytes, keep_used: bool) -> bytes | None:
-    """Return a PNG or JPEG without the metadata that Pillow reads beside the pixels, or None for other formats.
-
-    With `keep_used`, what `to_rgb` uses is kept: the EXIF data and a PNG's transparent colours.
-    """
+def _without_metadata(data: bytes, keep_exif: bool) -> bytes | None:
+    """Return a PNG or JPEG without the metadata that Pillow reads beside the pixels, or None for other formats."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         kept, at = [data[:8]], 8
         while at + 8 <= len(data):
             (length,) = struct.unpack(">I", data[at : at + 4])
             kind = data[at + 4 : at + 8]
             # A capital letter means that the chunk is needed for the pixels.
-            if kind[:1].isupper() or (keep_used and kind in (b"tRNS", b"eXIf")):
+            if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and keep_exif):
                 kept.append(data[at : at + 12 + length])
             at += 12 + length
         return b"".join(kept)
@@ -189,7 +169,7 @@ def _without_metadata(data: bytes, keep_used: bool) -> bytes | None:
             (length,) = struct.unpack(">H", data[at + 2 : at + 4])
             # Of application segments, Adobe's says how colours are coded.
             adobe = data[at + 1] == 0xEE and length >= 14
-            exif = keep_used and data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif"
+            exif = keep_exif and data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif"
             if not 0xE0 <= data[at + 1] <= 0xEF or adobe or exif:
                 kept.append(data[at : at + 2 + length])
             at += 2 + length
@@ -212,11 +192,11 @@ def _open_raster(encoded: str | bytes) -> Image.Image:
 
 def _open_bare(encoded: str | bytes) -> Image.Image | None:
     """Open a file without its metadata, but for its orientation, or return None where that doesn't help."""
-    for keep_used in (True, False):
+    for keep_exif in (True, False):
         # The caller raises what Pillow said of the whole file.
         try:
             data = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
-            if (bare := _without_metadata(data, keep_used)) is not None:
+            if (bare := _without_metadata(data, keep_exif)) is not None:
                 return _open_raster(bare)
         except Exception:
             continue
@@ -244,7 +224,7 @@ def _open_encoded(encoded: str | bytes, name: str) -> Image.Image:
         ) from error
 
 
-def _read_within(response: Any, deadline: float) -> bytes:
+def _read_within(response: Any, url: str, deadline: float) -> bytes:
     """Return a response's body, if it's small enough and there in time."""
     chunks, size = [], 0
     while chunk := response.read1(1 << 16):
@@ -274,11 +254,12 @@ def _download(url: str, deadline: float) -> bytes:
     for _ in range(URL_REDIRECTS + 1):
         if not _is_url(url):
             raise ValueError(f"it leads to {url!r:.200}, which isn't an http(s) URL")
-        headers = {"User-Agent": "diffclip-hf", "Accept": "image/*,*/*;q=0.5"}
-        request = urllib.request.Request(_in_ascii(url), headers=headers)
+        # Spaces and letters beyond ASCII are quoted, as browsers do.
+        quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        request = urllib.request.Request(quoted, headers={"User-Agent": "diffclip-hf", "Accept": "image/*,*/*;q=0.5"})
         try:
             with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
-                return _read_within(response, deadline)
+                return _read_within(response, url, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 location = error.headers.get("Location")
@@ -286,13 +267,6 @@ def _download(url: str, deadline: float) -> bytes:
                     raise ValueError(f"the server answered with status {error.code} {error.reason}") from error
                 url = urllib.parse.urljoin(url, location)
     raise ValueError(f"it is redirected more than {URL_REDIRECTS} times")
-
-
-def _in_ascii(url: str) -> str:
-    """Quote spaces and letters beyond ASCII, as browsers do."""
-    parts = urllib.parse.urlsplit(url.strip())
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
-    return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def _in_time(work: Callable[[], bytes]) -> bytes:
@@ -394,8 +368,6 @@ def _check_file(path: str) -> None:
         raise ValueError(f"There is no file {path!r:.200}.")
     if not os.path.isfile(path):
         raise ValueError(f"{path!r:.200} isn't a file{' but a folder' if os.path.isdir(path) else ''}.")
-    if not os.path.getsize(path):
-        raise ValueError(f"The file {path!r:.200} is empty.")
 
 
 def _is_elsewhere(path: str) -> bool:
@@ -502,7 +474,7 @@ def open_image(source: Any) -> Iterator[Image.Image]:
             `check_size` refuses its size.
     """
     if isinstance(source, Image.Image):
-        _check_opened(source)
+        check_size(*source.size)
         yield source
         return
     with _open_any(source) as image:

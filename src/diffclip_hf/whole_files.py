@@ -117,7 +117,7 @@ def check_output_file(path: str | os.PathLike) -> None:
     try:
         _check_links(path.parent)
         if path.exists() and not path.is_file():
-            raise FileExistsError(f"{path} exists and is no file that can be replaced; name another.")
+            raise FileExistsError(f"{path} exists and is not a file, which could be replaced; name another.")
         if os.path.ismount(path):
             raise OSError(f"{path} is a mount point, which can't be replaced; name another.")
         with _made_for_trial(path.parent.absolute()):
