@@ -962,6 +962,26 @@ def test_offloaded_weights_serve_what_is_computed_outside_a_forward(where, tmp_p
         )
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "fits"), [(64, 128, True), (64, 96, False), (10, 64, False)], ids=["fits", "columns", "rows"]
+)
+def test_four_bit_weights_that_a_cpu_cannot_pack(rows, columns, fits):
+    """A stand-in for bitsandbytes' layer on a CPU that packs; its own error is the shape of a scale."""
+    from diffclip_hf.offloading_diffclip import check_four_bit_widths, check_passes_gradients
+
+    layer = torch.nn.Linear(columns, rows)
+    model = torch.nn.ModuleDict({"tower": layer})
+    check_passes_gradients(model)
+    layer.support_avx512bf16_for_cpu = True
+    if fits:
+        check_four_bit_widths(model)
+    else:
+        with pytest.raises(ValueError, match=rf"^tower has weights of {rows}x{columns}; .* multiples of 32x64 alone"):
+            check_four_bit_widths(model)
+    with pytest.raises(ValueError, match=r"^tower has 4-bit weights, which pass no gradient on"):
+        check_passes_gradients(model)
+
+
 def test_initialisation_passes_over_tensors_that_are_none():
     """As pruning and quantisers leave them."""
     model = tiny_model()

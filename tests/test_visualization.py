@@ -308,6 +308,22 @@ def test_maps_that_are_not_there(options, message):
         attention_maps(tiny_model(), **{"pixel_values": tiny_inputs()["pixel_values"], **options})
 
 
+@pytest.mark.parametrize("relevance", [image_relevance, text_relevance])
+def test_layers_that_pass_no_gradient(relevance):
+    """As those with quantised activations."""
+    model = tiny_model(attn_implementation="sdpa")
+    for layer in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
+        layer.self_attn.out_proj.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(ValueError, match=r"pass no gradient on.*isn't quantised"):
+        relevance(model, **tiny_inputs())
+
+
+def test_relevance_needs_no_eager_model():
+    inputs = tiny_inputs()
+    found = image_relevance(tiny_model(attn_implementation="sdpa"), **inputs)
+    assert (found == image_relevance(tiny_model(), **inputs)).all()
+
+
 def test_models_that_cannot_be_looked_into():
     inputs = tiny_inputs()
     with pytest.raises(ValueError, match=r"vision_model is 'sdpa'.*must be 'eager'.*set_attn_implementation"):
@@ -316,6 +332,10 @@ def test_models_that_cannot_be_looked_into():
         text_relevance(tiny_model().train(), **inputs)
     with pytest.raises(ValueError, match="a DiffCLIPVisionModel, which has no vision_model and no"):
         image_relevance(tiny_model().vision_model, **inputs)
+    with pytest.raises(ValueError, match="on the meta device, which holds shapes"):
+        image_relevance(tiny_model().to("meta"), **inputs)
+    with pytest.raises(ValueError, match="on the meta device, which holds shapes"):
+        lambda_values(tiny_model().to("meta"))
     with pytest.raises(ValueError, match="first_layer is -4; it must be from -3 to 2"):
         image_relevance(tiny_model(), **inputs, first_layer=-4)
 
