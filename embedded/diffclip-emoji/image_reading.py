@@ -137,13 +137,25 @@ def _without_alpha(image: Image.Image) -> Image.Image:
                 "in 0..65535."
             )
         levels = (samples + SIXTEEN_BIT_STEP // 2) // SIXTEEN_BIT_STEP
-        if "transparency" in image.info:
+        if isinstance(image.info.get("transparency"), int):
             levels[samples == image.info["transparency"]] = 255
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return Image.alpha_composite(white, _to_rgba(image)).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    """Return RGBA, opaque where the transparent colour that the metadata names is none."""
+    try:
+        return image.convert("RGBA")
+    except (TypeError, ValueError):
+        if "transparency" not in image.info:
+            raise
+        opaque = image.copy()
+        del opaque.info["transparency"]
+        return opaque.convert("RGBA")
 
 
 def _one_line(error: BaseException) -> str:
@@ -151,15 +163,18 @@ def _one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
-def _without_metadata(data: bytes, keep_exif: bool) -> bytes | None:
-    """Return a PNG or JPEG without the metadata that Pillow reads beside the pixels, or None for other formats."""
+def _without_metadata(data: bytes, keep_used: bool) -> bytes | None:
+    """Return a PNG or JPEG without the metadata that Pillow reads beside the pixels, or None for other formats.
+
+    With `keep_used`, what `to_rgb` uses is kept: the EXIF data and a PNG's transparent colours.
+    """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         kept, at = [data[:8]], 8
         while at + 8 <= len(data):
             (length,) = struct.unpack(">I", data[at : at + 4])
             kind = data[at + 4 : at + 8]
             # A capital letter means that the chunk is needed for the pixels.
-            if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and keep_exif):
+            if kind[:1].isupper() or (keep_used and kind in (b"tRNS", b"eXIf")):
                 kept.append(data[at : at + 12 + length])
             at += 12 + length
         return b"".join(kept)
@@ -169,7 +184,7 @@ def _without_metadata(data: bytes, keep_exif: bool) -> bytes | None:
             (length,) = struct.unpack(">H", data[at + 2 : at + 4])
             # Of application segments, Adobe's says how colours are coded.
             adobe = data[at + 1] == 0xEE and length >= 14
-            exif = keep_exif and data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif"
+            exif = keep_used and data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif"
             if not 0xE0 <= data[at + 1] <= 0xEF or adobe or exif:
                 kept.append(data[at : at + 2 + length])
             at += 2 + length
@@ -192,11 +207,11 @@ def _open_raster(encoded: str | bytes) -> Image.Image:
 
 def _open_bare(encoded: str | bytes) -> Image.Image | None:
     """Open a file without its metadata, but for its orientation, or return None where that doesn't help."""
-    for keep_exif in (True, False):
+    for keep_used in (True, False):
         # The caller raises what Pillow said of the whole file.
         try:
             data = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
-            if (bare := _without_metadata(data, keep_exif)) is not None:
+            if (bare := _without_metadata(data, keep_used)) is not None:
                 return _open_raster(bare)
         except Exception:
             continue

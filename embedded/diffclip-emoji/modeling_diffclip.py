@@ -690,6 +690,8 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
             attention_mask: 1 for tokens to attend to, 0 for padding, (batch, tokens). Without one, what stands before
                 a row's start token (`config.bos_token_id`) counts as padding.
             position_ids: Positions, (batch, tokens), if not counted from the first token.
+            **kwargs: Transformers' own: `output_attentions`, which is slower; `output_hidden_states`, True or the
+                indices of some; `return_dict`; `is_causal`, False for attention in both directions; and more.
 
         Returns:
             `last_hidden_state` (batch, tokens, hidden_size) after the final LayerNorm, and `pooler_output` (batch,
@@ -781,6 +783,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
             pixel_values: Images as the image processor makes them, (batch, channels, height, width).
             interpolate_pos_encoding: Whether to accept another size than `config.image_size`, by interpolating the
                 position embeddings.
+            **kwargs: As in `DiffCLIPTextModel.forward`; `is_causal` is False here.
 
         Returns:
             `last_hidden_state` (batch, 1 + patches, hidden_size) after the final LayerNorm, and `pooler_output`
