@@ -14,6 +14,7 @@ from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
 from PIL import Image
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
+from diffclip_hf.loading import load_model, load_processor
 from diffclip_hf.whole_files import write_text_whole
 
 
@@ -85,8 +86,8 @@ def main() -> None:
     parser.add_argument("--vendor", default=HELD_OUT, choices=[HELD_OUT, *TRAINING_VENDORS])
     parser.add_argument("--report", type=Path, help="also write the figures into this JSON file")
     args = parser.parse_args()
-    model = DiffCLIPModel.from_pretrained(args.model, dtype=torch.float32).eval()
-    processor = DiffCLIPProcessor.from_pretrained(args.model)
+    model = load_model(args.model, DiffCLIPModel, dtype=torch.float32)
+    processor = load_processor(args.model, model.config, DiffCLIPProcessor)
     report = measure(model, processor, args.vendor, args.cache_dir)
     lines = ["| measure | value | chance |", "|---|---|---|"]
     lines += [f"| {name} | {row['measured']:.3f} | {row['chance']:.4f} |" for name, row in report.items()]

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
+from diffclip_hf.loading import load_model, load_processor
 from diffclip_hf.visualization import class_attention, image_relevance
 from diffclip_hf.whole_files import write_text_whole
 
@@ -182,8 +183,9 @@ def main() -> None:
     found = {}
     with tqdm(total=len(args.models) * len(LAYOUTS) * len(pairs), unit="picture") as bar:
         for folder in args.models:
-            model = DiffCLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-            found[folder.name] = measure(model, DiffCLIPProcessor.from_pretrained(folder), drawings, names, pairs, bar)
+            model = load_model(folder, DiffCLIPModel, dtype=torch.float32, attn_implementation="eager")
+            processor = load_processor(folder, model.config, DiffCLIPProcessor)
+            found[folder.name] = measure(model, processor, drawings, names, pairs, bar)
     sys.stdout.write(table(found) + "\n")
     if args.report:
         content = {
