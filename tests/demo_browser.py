@@ -28,8 +28,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-# A loaded machine is slow; a page that works is not waited for.
-PATIENCE = 60
+# Seconds, to end what hangs; a page that works is not waited for.
+PATIENCE = 600
 LABELS = "pizza, rocket, dog face, bicycle, sunflower, snowman"
 
 
@@ -50,7 +50,7 @@ def served(command: list[str], folder: Path, **environment: str) -> Iterator[str
         yield found[0]
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 @contextlib.contextmanager

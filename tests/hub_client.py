@@ -77,7 +77,7 @@ class Client:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait()
         self.process.stdout.close()
 
     def left_over(self) -> list[Path]:

@@ -46,7 +46,7 @@ def client(store):
 
     # Outside of a loop Gradio makes loops of its own, and doesn't close them.
     page, address = asyncio.run(begin())
-    with httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=address, trust_env=False, timeout=600) as client:
         yield client
     page.close(verbose=False)
 
@@ -295,14 +295,14 @@ def test_the_queue_holds_so_many(client, uploaded, monkeypatch):
 
     def wait(*_):
         begun.set()
-        free.wait(60)
+        free.wait(600)
         raise ValueError("enough")
 
     monkeypatch.setattr(demo, "classify", wait)
     body = {"data": [{"path": uploaded}, "pizza", "{}", "diffclip-emoji"]}
     try:
         statuses = [client.post("/gradio_api/call/classify", json=body).status_code]
-        assert begun.wait(60)
+        assert begun.wait(600)
         statuses += [client.post("/gradio_api/call/classify", json=body).status_code for _ in range(40)]
     finally:
         free.set()

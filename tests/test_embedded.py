@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -79,7 +78,6 @@ def test_its_code_is_the_packages():
     assert config["auto_map"]["AutoModel"] == "modeling_diffclip.DiffCLIPModel"
 
 
-@pytest.mark.slow  # 15 s: each process imports Transformers anew
 @pytest.mark.parametrize(
     "load",
     [
@@ -88,11 +86,9 @@ def test_its_code_is_the_packages():
         "from transformers import pipeline; pipeline('zero-shot-image-classification', 'diffclip-emoji')",
     ],
 )
-def test_a_forgotten_import_is_told_of(load, tmp_path):
+def test_a_forgotten_import_is_told_of(load, warm_python, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", load], cwd=EMBEDDED, env=environment, capture_output=True, text=True, input=""
-    )
+    done = warm_python(["-c", load], EMBEDDED, environment)
     assert done.returncode == 1
     assert "trust_remote_code=True" in done.stderr.splitlines()[-1]
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -685,7 +683,7 @@ def test_the_command_needs_a_model_a_task_and_a_data_set(capsys):
 
 
 @pytest.mark.parametrize("task", ["retrieval", "zero-shot"])
-def test_the_readme_measures_the_embedded_model(task, tmp_path):
+def test_the_readme_measures_the_embedded_model(task, warm_python, tmp_path):
     """The commands under "Measure", as they stand there; every picture is recognised."""
     section = (ROOT / "README.md").read_text().split("## Measure\n")[1].split("\n## ")[0]
     commands = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").splitlines()
@@ -693,9 +691,7 @@ def test_the_readme_measures_the_embedded_model(task, tmp_path):
     arguments = command.replace("'", "").split()
     assert arguments[0] == "python"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, *arguments[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = warm_python(arguments[1:], ROOT, environment)
     assert done.returncode == 0, done.stdout + done.stderr
     metric = {"retrieval": "image to text Recall@1", "zero-shot": "accuracy"}[task]
     assert f"| pictures | {metric} | 8 | 100.0 |" in done.stdout

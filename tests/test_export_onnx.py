@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +182,7 @@ def test_the_folder_has_its_processor(tmp_path):
         assert torch.equal(processor(**given)[name], tensor)
 
 
-def test_a_model_of_the_hub(tmp_path):
+def test_a_model_of_the_hub(warm_python, tmp_path):
     """What is read of a repository on loopback, in a process of its own, which isn't offline."""
     save_tiny(tmp_path / "model")
     code = """
@@ -194,10 +192,8 @@ print(*export_onnx.find_processor("org/tiny", export_onnx.load_model("org/tiny")
     with HubServer(tmp_path / "server") as hub:
         hub.add("org/tiny", tmp_path / "model")
         environment = hub.environment(tmp_path / "home")
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    copied = {Path(path).name: Path(path).read_bytes() for path in done.stdout.splitlines()}
+        printed = warm_python.run("-c", code, folder=tmp_path, environment=environment)
+    copied = {Path(path).name: Path(path).read_bytes() for path in printed.splitlines()}
     assert copied.keys() == {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert all((tmp_path / "model" / name).read_bytes() == content for name, content in copied.items())
 

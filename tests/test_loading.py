@@ -22,18 +22,17 @@ from diffclip_hf import (
 )
 
 
-def run(code: str, folder: Path, modules: Path, **environment: str) -> str:
-    """Run code in a fresh Python, offline and with an empty module cache; return its log."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules), "PYTHONPATH": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(warm_python):
+    """Runs code in a process of its own, offline and with an empty module cache, and returns its log."""
+
+    def run(code: str, folder: Path, modules: Path) -> str:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules)}
+        done = warm_python(["-c", code], folder, environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def check(model, processor):
 """
 
 
-def test_with_the_package(folders, tmp_path):
+def test_with_the_package(folders, run, tmp_path):
     log = run(
         CHECK_LOGITS
         + """
@@ -106,7 +105,7 @@ assert len(pipeline("image-feature-extraction", model="clip")("picture.png")[0])
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_with_the_package_a_folders_own_code_is_left_alone(folders, tmp_path):
+def test_with_the_package_a_folders_own_code_is_left_alone(folders, run, tmp_path):
     run(
         """
 import shutil
@@ -123,7 +122,7 @@ assert type(AutoProcessor.from_pretrained("with-code")) is diffclip_hf.DiffCLIPP
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_without_the_package(folders, tmp_path):
+def test_without_the_package(folders, run, tmp_path):
     import shutil
 
     for name in ("clip", "classifier", "vision"):
@@ -163,7 +162,7 @@ assert "diffclip_hf" not in [name for name, module in sys.modules.items() if mod
     assert "newly initialized" not in log
 
 
-def test_transformers_own_way_to_add_the_code(folders, tmp_path):
+def test_transformers_own_way_to_add_the_code(folders, run, tmp_path):
     """`register_for_auto_class` before `save_pretrained`, as Transformers' documentation of custom models has it."""
     run(
         """
@@ -197,9 +196,11 @@ def test_add_remote_code_refuses_other_folders(tmp_path):
 
 
 def imported(code: str, folder: Path) -> set[str]:
-    """Return the names of the modules that code imports in a fresh process."""
-    printed = run(code + "\nimport sys; print(*sys.modules)", folder, folder)
-    return set(printed.split())
+    """Return the names of the modules that code imports in a new Python."""
+    command = [sys.executable, "-c", code + "\nimport sys; print(*sys.modules)"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
 
 
 def test_import_is_light(tmp_path):

@@ -4,8 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import convert_original_checkpoint
@@ -144,14 +142,10 @@ def test_one_commit_with_everything_and_a_second_push_makes_none(hub, push, fold
     assert hub.count("POST", "/commit/") == 0
 
 
-def test_the_command_line(hub, folder, tmp_path):
+def test_the_command_line(hub, folder, warm_python, tmp_path):
     """As a person runs it, in a process of its own, the token from the environment."""
-    command = [sys.executable, SCRIPT, folder, "org/command"]
     environment = hub.environment(tmp_path / "home", WRITER)
-    done = subprocess.run(
-        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    warm_python.run(SCRIPT, folder, "org/command", folder=tmp_path, environment=environment)
     assert set(hub.head("org/command")) == EVERY_FILE
 
 

@@ -330,7 +330,6 @@ def run_command(command: list, folder: Path, **environment: str) -> subprocess.C
         env=os.environ | defaults | environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 

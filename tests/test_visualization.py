@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -516,13 +514,13 @@ def test_lambda_is_drawn_by_layer():
         draw_lambdas({"CLIP": {}})
 
 
-def test_nothing_global_is_touched_and_arrays_need_no_matplotlib(monkeypatch):
+def test_nothing_global_is_touched_and_arrays_need_no_matplotlib(monkeypatch, warm_python, tmp_path):
     code = (
         "import sys, numpy as np\nfrom diffclip_hf.visualization import draw_maps\n"
         "assert 'matplotlib' not in sys.modules\n"
         "draw_maps([np.eye(2)], ['a'])\nassert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    warm_python.run("-c", code, folder=tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"diffclip-hf\[plotting\]"):
         draw_lambdas({"a": {"image": np.ones(2)}})
