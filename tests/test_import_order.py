@@ -58,6 +58,7 @@ ARROWS = {
     },
     "evaluation_cache": {"evaluation_keys", "whole_files"},
     "evaluation_data": {
+        "dataset_files",
         "commands",
         "evaluation_keys",
         "evaluation_presets",
@@ -66,6 +67,7 @@ ARROWS = {
         "training_data",
         "training_shards",
     },
+    "dataset_files": {"training_shards"},
     "evaluation_keys": {"image_reading"},
     "evaluation_metrics": set(),
     "evaluation_model": {
@@ -79,6 +81,7 @@ ARROWS = {
     },
     "evaluation_presets": {
         "commands",
+        "dataset_files",
         "label_names",
         "loading",
         "training_shards",
@@ -130,7 +133,15 @@ ARROWS = {
     "loading": {"commands"},
     "options": {"commands", "loading"},
     "training_counts": set(),
-    "training_data": {"commands", "loading", "image_reading", "label_names", "training_counts", "training_shards"},
+    "training_data": {
+        "commands",
+        "dataset_files",
+        "loading",
+        "image_reading",
+        "label_names",
+        "training_counts",
+        "training_shards",
+    },
     "training_shards": {"training_counts"},
     "retrieval_metrics": set(),
     "checkpoints": set(),

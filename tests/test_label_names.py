@@ -5,6 +5,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import randomised
@@ -143,6 +145,45 @@ def test_strings_that_say_nothing_are_no_labels(tmp_path):
     dataset.to_parquet(tmp_path / "t.parquet")
     found, names = load_image_label_dataset(str(tmp_path / "t.parquet"))
     assert (names, found["label"][:]) == (["a", "b"], [1, -1, -1, 0])
+
+
+def test_files_that_number_their_labels_apart_are_refused(tmp_path):
+    """`datasets` would take the first file's names for both."""
+    for file, names in (("a", ["x", "y"]), ("b", ["y", "x"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        columns = {"image": [{"bytes": encoded(picture(0)), "path": None}], "label": [0]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{file}.parquet")
+    for source in (tmp_path, tmp_path / "*.parquet", tmp_path / "{a,b}.parquet"):
+        with pytest.raises(ValueError, match=r"b.parquet numbers the labels of the column label otherwise than "):
+            load_image_label_dataset(str(source))
+    assert load_image_label_dataset(str(tmp_path / "b.parquet"))[1] == ["y", "x"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"file_name": "a.png", "label": "x", "more": ' + "[" * 20_000 + "]" * 20_000 + "}", "is nested 20001 deep"),
+        ("", "can't be read: IndexError"),
+        ('{"file_name": "a.png", "label": "\\ud83d"}', "can't be read: ArrowInvalid: .*surrogate"),
+        ('{"file_name": "a.png", "label": "x"}\nnot JSON', "can't be read: ArrowInvalid"),
+    ],
+)
+def test_metadata_that_cannot_be_read_is_one_error(lines, message, tmp_path):
+    """The first would end the process."""
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        load_image_label_dataset(str(tmp_path))
+
+
+def test_columns_that_are_no_images_or_labels(tmp_path):
+    pq.write_table(pa.table({"image": [1], "label": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"The column image is .*; images must be encoded, or paths"):
+        load_image_label_dataset(str(tmp_path / "a.parquet"))
+    broken = pa.array([b"x", b"\xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"image": [encoded(picture(0))] * 2, "label": broken}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="Row 1 of the column label isn't UTF-8"):
+        load_image_label_dataset(str(tmp_path / "b.parquet"))
 
 
 def labelled_folder(folder: Path, names: str) -> str:

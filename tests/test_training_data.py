@@ -383,7 +383,7 @@ def test_a_missing_file_is_dropped_by_its_name(tmp_path, caplog):
     collator = ImageTextCollator(tiny_processor(), train=True)
     collator([row, *rows([1])])
     assert collator.counts["corrupt_images"] == 1
-    assert f"Skipped {tmp_path / 'gone.jpg'}: The file " in caplog.text
+    assert f"Skipped {tmp_path / 'gone.jpg'}: There is no file " in caplog.text
 
 
 def test_a_decompression_bomb_is_a_damaged_picture(monkeypatch, caplog):

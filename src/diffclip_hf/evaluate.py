@@ -180,11 +180,12 @@ def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise a ValueError for options that the task takes no notice of, or numbers that are too small."""
+    """Raise a ValueError for options that the task takes no notice of, or too small, or a missing extra."""
     given = [name for name, value in vars(args).items() if value is not None or name in EPISODE_OPTIONS]
     if idle := [name for name in given if args.task not in OPTION_TASKS.get(name, TASKS)]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ValueError(f"{names} can't be used with --task {args.task}.")
+    require_extra("evaluation", "datasets", *(["sklearn"] if args.task == "linear-probe" else []))
     check_batches(args.batch_size, args.num_workers)
     if args.revision is not None and os.path.isdir(args.model):
         raise ValueError(f"--revision can't be used with {args.model}, a folder; only the Hub has revisions.")

@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from .commands import require_extra
+from .dataset_files import local_files
 from .evaluation_keys import files_digest, image_digest
-from .evaluation_presets import DatasetSpec, local_files
+from .evaluation_presets import DatasetSpec
 from .label_names import match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from .training_counts import non_empty_captions
 from .training_data import load_image_text_dataset, load_own_labels
@@ -88,7 +89,7 @@ def _check_images(spec: DatasetSpec, dataset: "datasets.Dataset", split: str) ->
             if empty or (nothing and not path):
                 missing.append((row, "no image"))
             elif nothing and "://" not in path and not os.path.isfile(path):
-                missing.append((row, f"the image {path}, which isn't there"))
+                missing.append((row, f"the image {path:.200}, which isn't there"))
             row += 1
     if not row:
         raise ValueError(f"{spec.name}: the split {split} has no images.")

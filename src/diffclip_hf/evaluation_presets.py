@@ -4,7 +4,6 @@ Each file of `presets` describes a data set of the paper, under the names of `Da
 """
 
 import dataclasses
-import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from typing import Any
 import yaml
 
 from .commands import closest
+from .dataset_files import local_files
 from .label_names import read_label_names
 from .loading import find_source
-from .training_shards import expand_braces
 from .zero_shot import label_texts
 from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL
 
@@ -115,13 +114,6 @@ def read_preset(name: str) -> DatasetSpec:
     return DatasetSpec(name=name, **{**content, "tasks": tuple(content["tasks"])})
 
 
-def local_files(source: str) -> list[Path]:
-    """Return the files of a folder, or those that a file's name or pattern stands for; none of what isn't here."""
-    if os.path.isdir(source):
-        return [path for path in Path(source).rglob("*") if path.is_file()]
-    return [Path(path) for pattern in expand_braces(source) for path in sorted(glob.glob(pattern))]
-
-
 def find_dataset(name: str, task: str, changes: Mapping[str, Any]) -> DatasetSpec:
     """Return the preset of that name, or what describes the folder, file or Hub id that it is.
 
@@ -164,7 +156,6 @@ __all__ = [
     "TEMPLATE_SETS",
     "DatasetSpec",
     "find_dataset",
-    "local_files",
     "preset_names",
     "read_preset",
     "template_texts",

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from .commands import require_extra
+from .dataset_files import check_depth, check_numbering
 from .image_reading import open_image, orientation, read_encoded, to_rgb
 from .label_names import name_labels, own_labels, renumbered, wrong_labels
 from .loading import find_source
@@ -50,10 +51,25 @@ def _choose_column(columns: Sequence[str], usual: Sequence[str], told: str | Non
     raise ValueError(f"The data set has the columns {', '.join(columns)}; {told_of}.")
 
 
+def _as_images(dataset: "datasets.Dataset", column: str) -> "datasets.Dataset":
+    """Return the data set with its column `image` undecoded; `column` is what it's called in errors."""
+    import datasets
+
+    feature = dataset.features["image"]
+    kind = getattr(feature, "dtype", None)
+    if isinstance(feature, datasets.Value) and kind not in (
+        *("string", "large_string", "binary", "large_binary"),
+        "null",
+    ):
+        raise ValueError(f"The column {column} is {feature}; images must be encoded, or paths.")
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
 def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
     """Read a map-style data set of the `datasets` library, whichever way it is stored."""
     require_extra("training", "datasets")
     import datasets
+    import pyarrow  # type: ignore[import-untyped]
 
     if not source.endswith(".parquet"):
         source = find_source(source, repo_type="dataset")
@@ -68,14 +84,19 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         if split not in loaded:
             raise ValueError(f"split is {split!r}; {source!r} has {', '.join(loaded)}.")
         return loaded[split]
+    check_depth(source)
+    # Of files that it can't read the library raises these, its own with what says more behind it.
     try:
         if source.endswith(".parquet"):
             files = {split: expand_braces(source)}
             return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
         return datasets.load_dataset(source, split=split, **load_options)
-    except datasets.exceptions.DatasetsError as error:
-        # What says more is often behind it.
-        raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
+    except (
+        datasets.exceptions.DatasetsError,
+        *(pyarrow.lib.ArrowException, LookupError, TypeError, AttributeError),
+    ) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{source} can't be read: {type(reason).__name__}: {reason}") from error
 
 
 def load_image_text_dataset(
@@ -129,7 +150,6 @@ def load_image_text_dataset(
             max_broken_share=max_broken_share,
         )
     require_extra("training", "datasets")
-    import datasets
 
     dataset = _load(source, split, load_options)
     chosen = {
@@ -142,7 +162,7 @@ def load_image_text_dataset(
     text = getattr(feature, "feature", feature)
     if getattr(text, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"The column {chosen['caption']} is {feature}; captions must be strings or lists of strings.")
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    return _as_images(dataset, chosen["image"])
 
 
 def load_own_labels(
@@ -163,7 +183,6 @@ def load_own_labels(
             isn't there.
     """
     require_extra("training", "datasets")
-    import datasets
 
     if names_shards(source):
         raise ValueError(f"{source!r} names tar shards, which have captions rather than labels.")
@@ -175,7 +194,8 @@ def load_own_labels(
     dataset = dataset.select_columns(list(chosen.values()))
     dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
     # Before the labels are numbered, which goes through every row.
-    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    dataset = _as_images(dataset, chosen["image"])
+    check_numbering(source, chosen["label"])
     return *own_labels(dataset, chosen["label"]), chosen["label"]
 
 
