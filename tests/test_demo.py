@@ -305,6 +305,7 @@ def page(driver, server):
     assert [url for url in requests if not url.startswith((server, "data:", "blob:"))] == []
 
 
+@pytest.mark.slow
 def test_a_picture_is_classified(page, stock):
     page.upload_and_see(PICTURES / "pizza.png")
     page.write(LABELS + ", pizza")
@@ -327,6 +328,7 @@ def test_a_picture_is_classified(page, stock):
     assert np.abs(third.astype(int) - draw_overlay(found, "snowman")).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_example_is_classified(page):
     page.wait(lambda: len(page.find("#examples .gallery-item img")) == 8)
     names = sorted(path.stem for path in PICTURES.glob("*.png"))
@@ -336,6 +338,7 @@ def test_an_example_is_classified(page):
     assert next(iter(page.classify())) == "rocket"
 
 
+@pytest.mark.slow
 def test_a_change_takes_the_old_answer_away(page, clip):
     page.upload_and_see(PICTURES / "pizza.png")
     page.write(LABELS)
@@ -355,6 +358,7 @@ def test_a_change_takes_the_old_answer_away(page, clip):
     assert next(iter(page.classify())) == "rocket"
 
 
+@pytest.mark.slow
 def test_a_change_while_the_answer_is_under_way(page):
     page.upload_and_see(PICTURES / "rocket.png")
     page.write(LABELS)
@@ -364,6 +368,7 @@ def test_a_change_while_the_answer_is_under_way(page):
     assert set(page.classify()) == {*NAMES, "guitar"}
 
 
+@pytest.mark.slow
 def test_the_page_says_what_is_wrong_and_goes_on(page, bad):
     page.press()
     assert "no picture" in page.message()
@@ -386,6 +391,7 @@ def test_the_page_says_what_is_wrong_and_goes_on(page, bad):
     assert next(iter(page.classify())) == "rocket"
 
 
+@pytest.mark.slow
 def test_a_larger_upload_is_refused_by_the_server_too(server, bad):
     from urllib.error import HTTPError
     from urllib.request import ProxyHandler, Request, build_opener

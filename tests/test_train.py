@@ -386,23 +386,18 @@ def test_accelerate_launch_without_gpus_starts_one_process_and_it_is_said(data, 
     assert "--multi_gpu" in caplog.text
 
 
-def test_push_to_hub(data, tmp_path):
+def test_push_to_hub(data, warm_python, tmp_path):
     """The trained model goes to the Hub, from which it loads without the package."""
     with HubServer(tmp_path / "hub") as hub:
         line = options(data, tmp_path / "out", max_steps=1, push_to_hub=True, hub_model_id="org/trained")
-        done = run_command(
-            [sys.executable, "-m", "diffclip_hf.train", *line],
-            tmp_path,
-            **hub.environment(tmp_path / "home", WRITER) | {"HF_HUB_OFFLINE": "0"},
-        )
-        assert done.returncode == 0, done.stderr
+        environment = hub.environment(tmp_path / "home", WRITER)
+        warm_python.run("-m", "diffclip_hf.train", *line, folder=tmp_path, environment=environment)
         code = (
             "import sys; sys.modules['diffclip_hf'] = None; from transformers import AutoModel; "
             "AutoModel.from_pretrained('org/trained', trust_remote_code=True)"
         )
-        environment = hub.environment(tmp_path / "other", WRITER) | {"HF_HUB_OFFLINE": "0"}
-        done = run_command([sys.executable, "-c", code], tmp_path, **environment)
-        assert done.returncode == 0, done.stderr
+        environment = hub.environment(tmp_path / "other", WRITER)
+        warm_python.run("-c", code, folder=tmp_path, environment=environment)
 
 
 def test_it_says_what_is_wrong_with_the_data(data, tmp_path, caplog):
