@@ -15,8 +15,8 @@ EMOJI = Path(__file__).parent.parent / "embedded" / "diffclip-emoji"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model's folder."""
-    return Path(shutil.copytree(EMOJI, tmp_path / "model"))
+    """A model's folder, without code."""
+    return Path(shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("*.py")))
 
 
 def test_code_goes_beside_a_snapshot_of_the_hubs_cache_and_not_into_its_blobs(tmp_path, folder):
@@ -34,7 +34,7 @@ def test_code_goes_beside_a_snapshot_of_the_hubs_cache_and_not_into_its_blobs(tm
     assert not (tmp_path / "nowhere.py").exists()
     assert json.loads((snapshot / "config.json").read_text())["auto_map"]
     assert not any((snapshot / name).is_symlink() for name in (*CODE_FILES, "config.json", "processor_config.json"))
-    assert {path.name for path in snapshot.iterdir()} == {*CODE_FILES, *(path.name for path in EMOJI.iterdir())}
+    assert {path.name for path in snapshot.iterdir()} == {*CODE_FILES, *(path.name for path in folder.iterdir())}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
@@ -47,6 +47,7 @@ def test_a_broken_file_stops_it_before_anything_is_written(folder, content):
 
 
 def test_nothing_that_is_not_a_models_leaves(folder, caplog):
+    own = {path.name for path in folder.iterdir()}
     secrets = ("training_args.bin", "optimizer.pt", ".env", "rng_state.pth", "trainer_state.json", "token", "model.py")
     for name in (*secrets, "model.safetensors.bak", "..json"):
         (folder / name).write_text("secret")
@@ -57,7 +58,7 @@ def test_nothing_that_is_not_a_models_leaves(folder, caplog):
         (folder / name).write_text("model's")
     found = {path.name for path in files_to_share(folder, also=["report.json"])}
     shards = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
-    assert found == {path.name for path in EMOJI.iterdir()} | shards | {"vocab.json", "report.json"}
+    assert found == own | shards | {"vocab.json", "report.json"}
     assert all(name in caplog.text for name in (*secrets, "checkpoint-1", "notes.txt"))
 
 
