@@ -10,7 +10,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-rest lint types docs pytest pytest-slow pytest-oldest embedded embedded-code clean
+.PHONY: demo test test-all test-rest lint mlint types docs pytest pytest-slow pytest-oldest embedded embedded-code clean
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python embedded/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(LABELS),--labels "$(LABELS)")
@@ -26,6 +26,14 @@ test-rest: pytest-slow pytest-oldest
 lint: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# What Transformers' linter of model code says of the files that travel. Two rules are left out: TRF028 asks for a
+# licence's text in each file, which LICENSE and the model card have; TRF057 for @auto_docstring, which would write over
+# docstrings that are whole.
+mlint: $(VENV)/.dev-ready
+	$(VENV)/bin/pip install --quiet transformers-mlinter
+	! $(VENV)/bin/mlinter --no-progress --no-cache --github-annotations src/diffclip_hf 2>&1 \
+		| grep ::error | grep -v -e TRF028 -e TRF057
 
 types: $(VENV)/.dev-ready
 	$(VENV)/bin/mypy

@@ -376,7 +376,7 @@ def test_labels_numbered_differently_in_two_parts(tmp_path):
     spec = DatasetSpec("rows", str(tmp_path / "rows"))
     found = RUN_TASK["few-shot"](Encoder(*diffclip()), spec, options)
     assert found["classes"] == 3
-    with pytest.raises(ValueError, match="labels that the training split lacks: ant"):
+    with pytest.raises(ValueError, match="1 labels that the training split test lacks: ant"):
         RUN_TASK["few-shot"](
             Encoder(*diffclip()), DatasetSpec("rows", spec.source, train_split="test", split="train"), options
         )
@@ -411,10 +411,17 @@ def test_splits_of_folders_that_were_numbered_apart(tmp_path):
             picture(number).save(tmp_path / split / str(number) / "a.png")
     spec = DatasetSpec("folders", str(tmp_path))
     train = load_labelled(spec, "train", own_names=True)
-    test = with_names(load_labelled(spec, "test", own_names=True), train.names)
+    test = with_names(load_labelled(spec, "test", own_names=True), train)
     for part in (train, test):
         folders = [Path(row["image"]["path"]).parent.name for row in part.dataset]
         assert [part.names[label] for label in part.labels.tolist()] == folders
+    # Folders called otherwise: `datasets` gives both parts the names of all.
+    (tmp_path / "test" / "9").rename(tmp_path / "test" / "09")
+    with pytest.raises(
+        ValueError, match="The split test has 1 labels that the training split train has no rows of: 09"
+    ):
+        RUN_TASK["linear-probe"](Encoder(*diffclip()), spec, TaskOptions())
+    (tmp_path / "test" / "09").rename(tmp_path / "test" / "9")
     named = load_labelled(dataclasses.replace(spec, class_names=tuple(f"name {n}" for n in range(12))), "test")
     folders = [Path(row["image"]["path"]).parent.name for row in named.dataset]
     assert [named.names[label] for label in named.labels.tolist()] == [f"name {folder}" for folder in folders]

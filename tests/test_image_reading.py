@@ -264,6 +264,8 @@ def test_only_raster_pictures_are_opened(name, content, tmp_path):
 def test_an_opened_postscript_file_is_not_run(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was run"))
     with Image.open(io.BytesIO(EPS)) as image:
+        with pytest.raises(ValueError, match="format is EPS"), open_image(image):
+            pass
         for process in (to_rgb, read_image, *(backend() for backend in BACKENDS)):
             with pytest.raises(ValueError, match="format is EPS; it must be one of JPEG, PNG"):
                 process(image)

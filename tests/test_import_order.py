@@ -132,7 +132,7 @@ ARROWS = {
     "commands": set(),
     "loading": {"commands"},
     "options": {"commands", "loading"},
-    "training_counts": set(),
+    "training_counts": {"processing_diffclip"},
     "training_data": {
         "commands",
         "dataset_files",
@@ -146,7 +146,7 @@ ARROWS = {
     "retrieval_metrics": set(),
     "checkpoints": set(),
     "gradient_cache": {"loss_diffclip"},
-    "shared_batches": set(),
+    "shared_batches": {"training_counts"},
     "trainer": {
         "checkpoints",
         "gradient_cache",
@@ -154,6 +154,7 @@ ARROWS = {
         "remote_code",
         "retrieval_metrics",
         "shared_batches",
+        "training_counts",
         "zero_shot",
     },
     "version": set(),

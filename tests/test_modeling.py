@@ -894,12 +894,27 @@ def test_unknown_arguments_of_the_feature_methods():
         (lambda m: m.encode_text(IDS, torch.ones(2, 3)), ValueError, r"attention_mask has shape \(2, 3\).*\(1, 3\)"),
         (lambda m: m.encode_text(IDS, [[1, 1, 1]]), TypeError, "attention_mask is of type list"),
         (lambda m: m.encode_text(IDS, None, IDS), ValueError, "position_ids holds 98; .* from 0 to 76"),
+        (lambda m: m.encode_text(IDS, None, IDS.float()), ValueError, "position_ids is torch.float32; .*whole"),
     ],
 )
 def test_a_plain_mistake_is_one_line_that_names_the_mend(call, error, message):
     with pytest.raises(error, match=message) as raised:
         call(tiny_model())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_labels", "error", "message"),
+    [
+        ([0], 3, TypeError, "labels is of type list; it must be a tensor"),
+        (torch.tensor([0, 1]), 3, ValueError, r"labels has shape \(2,\); .* each of 1 images"),
+        (torch.tensor([0]), 0, ValueError, "the model has no classes; load it with num_labels"),
+    ],
+)
+def test_labels_that_are_not_the_images(labels, num_labels, error, message):
+    model = DiffCLIPForImageClassification(tiny_config(num_labels=num_labels))
+    with pytest.raises(error, match=message):
+        model(PIXELS, labels)
 
 
 def test_one_text_needs_no_batch():

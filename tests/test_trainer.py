@@ -6,7 +6,18 @@ import weakref
 
 import pytest
 import torch
-from pairs import LABELS, TEMPLATES, LabelledImages, Pairs, Stream, arguments, collate, collate_labels, zero_shot_parts
+from pairs import (
+    LABELS,
+    TEMPLATES,
+    LabelledImages,
+    Pairs,
+    Stream,
+    arguments,
+    collate,
+    collate_labels,
+    stream_collate,
+    zero_shot_parts,
+)
 from test_distributed import assert_same, gradients
 from tiny import randomised, tiny_config, tiny_inputs, tiny_model
 from torch import nn
@@ -388,9 +399,8 @@ def test_a_streams_workers_share_it(tmp_path):
 
 def test_an_evaluation_stream(tmp_path):
     # Evaluated at an epoch's last step, where accelerate knows of a remainder of the training data, not of this.
-    run = trainer(
-        tmp_path, train_dataset=Pairs(11), eval_dataset=Stream(16), max_steps=2, eval_strategy="steps", eval_steps=1
-    )
+    parts = {"train_dataset": Pairs(11), "eval_dataset": Stream(16), "data_collator": stream_collate}
+    run = trainer(tmp_path, **parts, max_steps=2, eval_strategy="steps", eval_steps=1)
     run.train()
     assert run.predict(Stream(16)).predictions[0].shape == (16, 24)
     fresh = trainer(tmp_path, run.model, eval_dataset=[Pairs()[i] for i in Stream(16).order(0)]).evaluate()

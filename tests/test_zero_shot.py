@@ -515,8 +515,10 @@ def test_datasets_images_are_read_by_the_one_reader(model, processor, images, ex
     dataset = datasets.Dataset.from_dict({"photo": [{"bytes": broken, "path": None}]}, features=features)
     torch.testing.assert_close(classifier.logits(dataset), expected[:1], atol=1e-5, rtol=1e-5)
     eps = {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "path": None}
-    with pytest.raises(ValueError, match=r"Image 0 can't be read.*isn't a picture"):
-        classifier(datasets.Dataset.from_dict({"photo": [eps]}, features=features))
+    dataset = datasets.Dataset.from_dict({"photo": [eps]}, features=features)
+    for given in (dataset, dataset["photo"], dataset.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"Image 0 can't be read.*isn't a picture"):
+            classifier(given)
 
 
 def test_an_image_column_is_chosen(model, processor, dataset, expected):

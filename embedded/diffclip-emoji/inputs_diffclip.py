@@ -82,7 +82,7 @@ def check_text_companion(name: str, value: Any, input_ids: torch.Tensor, largest
         name: The argument's name.
         value: What was given: None, or a tensor of the shape of `input_ids`, or of four dimensions.
         input_ids: Token ids, (batch, tokens).
-        largest: The largest value allowed, from 0.
+        largest: The largest value allowed, of whole numbers from 0.
 
     Raises:
         TypeError: It isn't a tensor.
@@ -99,7 +99,11 @@ def check_text_companion(name: str, value: Any, input_ids: torch.Tensor, largest
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; it must have that of input_ids, {tuple(input_ids.shape)}."
         )
-    if largest is None or value.is_meta or value.numel() == 0:
+    if largest is None:
+        return
+    if value.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} is {value.dtype}; it must hold whole numbers, torch.int64.")
+    if value.is_meta or value.numel() == 0:
         return
     least, most = (bound.item() for bound in value.aminmax())
     if least < 0 or most > largest:
@@ -138,4 +142,26 @@ def check_pixel_values(pixel_values: Any, num_channels: int) -> torch.Tensor:
     return pixel_values
 
 
-__all__ = ["check_input_ids", "check_keyword_arguments", "check_pixel_values", "check_text_companion"]
+def check_labels(labels: Any, batch_size: int, num_labels: int) -> None:
+    """Raise an error with one plain line where labels can't be those of a batch's images.
+
+    Raises:
+        TypeError: They aren't a tensor.
+        ValueError: There are no classes, or there is another number of images.
+    """
+    _check_is_tensor("labels", labels, "torch.tensor([...]), a class's index for each image")
+    if num_labels == 0:
+        raise ValueError("labels are given, but the model has no classes; load it with num_labels=...")
+    if len(labels) != batch_size:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; it must have a row for each of {batch_size} images."
+        )
+
+
+__all__ = [
+    "check_input_ids",
+    "check_keyword_arguments",
+    "check_labels",
+    "check_pixel_values",
+    "check_text_companion",
+]

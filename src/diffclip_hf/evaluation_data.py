@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from .commands import require_extra
 from .dataset_files import local_files
 from .evaluation_keys import files_digest, image_digest
 from .evaluation_presets import DatasetSpec
-from .label_names import match_labels, name_labels, read_label_names, read_texts, wrong_labels
+from .label_names import check_seen, match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from .training_counts import non_empty_captions
 from .training_data import load_image_text_dataset, load_own_labels
 from .training_shards import names_shards
@@ -163,14 +163,17 @@ def load_labelled(spec: DatasetSpec, split: str, own_names: bool = False) -> Lab
     return Labelled(dataset, torch.tensor(indices)[labels], found, split)
 
 
-def with_names(part: Labelled, names: Sequence[str]) -> Labelled:
-    """Return a part whose labels are indices into `names`, where two parts number the same labels differently.
+def with_names(part: Labelled, learned: Labelled) -> Labelled:
+    """Return a part whose labels are numbered as another's, which is learned from.
 
     Raises:
-        ValueError: A label of the part isn't among the names.
+        ValueError: The other part has no such label, or no images of it.
     """
-    indices = match_labels(part.names, names, f"The split {part.split}", "the training split")
-    return Labelled(part.dataset, torch.tensor(indices)[part.labels], list(names), part.split)
+    which, other = f"The split {part.split}", f"the training split {learned.split}"
+    indices = match_labels(part.names, learned.names, which, other)
+    labels = torch.tensor(indices)[part.labels]
+    check_seen(labels.tolist(), learned.labels.tolist(), learned.names, which, other)
+    return Labelled(part.dataset, labels, learned.names, part.split)
 
 
 def _captions(spec: DatasetSpec, dataset: "datasets.Dataset", split: str) -> list[list[str]]:

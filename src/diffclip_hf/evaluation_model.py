@@ -22,6 +22,7 @@ from .evaluation_keys import (
 )
 from .image_reading import read_encoded, read_image
 from .loading import check_device, load_model, load_processor
+from .offloading_diffclip import check_has_weights, execution_device
 from .processing_diffclip import check_text
 from .zero_shot import BATCH_SIZE, CPU_BATCH_SIZE
 
@@ -100,7 +101,7 @@ class Encoder:
         num_workers: Processes that read images, 0 to read them in this one.
 
     Raises:
-        ValueError: The model or the processor lacks a part, or a number is too small.
+        ValueError: The model or the processor lacks a part or weights, or a number is too small.
     """
 
     def __init__(
@@ -113,13 +114,14 @@ class Encoder:
         num_workers: int = 0,
     ):
         check_clip_like(model)
+        check_has_weights(model)
         if missing := [name for name in ("image_processor", "tokenizer") if not hasattr(processor, name)]:
             raise ValueError(
                 f"The processor is a {type(processor).__name__}, which has no {' and no '.join(missing)}."
             )
         check_batches(batch_size, num_workers)
         if batch_size is None:
-            batch_size = CPU_BATCH_SIZE if model.device.type == "cpu" else BATCH_SIZE
+            batch_size = CPU_BATCH_SIZE if execution_device(model).type == "cpu" else BATCH_SIZE
         # Transformers' types know nothing of what a model class has of its own.
         self.model: Any = model.eval()
         self.processor: Any = processor
@@ -174,7 +176,7 @@ class Encoder:
                 "weights": model_fingerprint(self.model),
                 "model": describe_model(self.model),
                 "dtype": str(self.model.dtype),
-                "run": describe_run(self.model.device),
+                "run": describe_run(execution_device(self.model)),
                 **{name: describe(part) for name, part in parts.items()},
             }
         except UnknownContentError as error:
@@ -262,7 +264,7 @@ class Encoder:
                     raise ValueError(f"Image {row_of(int(index))} of the split {split} {rest}")
                 pixel_values, digests = batch
                 digest.update(b"".join(digests))
-                inputs = {"pixel_values": pixel_values.to(self.model.device, self.model.dtype)}
+                inputs = {"pixel_values": pixel_values.to(execution_device(self.model), self.model.dtype)}
                 tower = self.model.vision_model if pooled else self.model.get_image_features
                 found = tower(**inputs, return_dict=True).pooler_output.float()
                 embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
@@ -283,7 +285,7 @@ class Encoder:
         embeds = []
         with logging.tqdm(total=count, desc="Texts", unit="text") as bar, torch.inference_mode():
             for tokens in batches:
-                inputs = {name: value.to(self.model.device) for name, value in tokens.items()}
+                inputs = {name: value.to(execution_device(self.model)) for name, value in tokens.items()}
                 found = self.model.get_text_features(**inputs, return_dict=True).pooler_output.float()
                 embeds.append(normalize(found, dim=-1).cpu())
                 bar.update(len(found))

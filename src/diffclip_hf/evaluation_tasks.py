@@ -124,7 +124,7 @@ def _train_and_test(spec: DatasetSpec) -> tuple[Labelled, Labelled]:
     train = load_labelled(spec, spec.train_split, own_names=True)
     if len(classes := train.labels.unique()) < 2:
         raise ValueError(f"{spec.name}: the split {train.split} has {len(classes)} class; there must be at least 2.")
-    return train, with_names(load_labelled(spec, spec.split, own_names=True), train.names)
+    return train, with_names(load_labelled(spec, spec.split, own_names=True), train)
 
 
 def probe(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def probe(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str
         validation = (train[0][held_out], train[1][held_out])
         train = (train[0][rows], train[1][rows])
     else:
-        part = with_names(load_labelled(spec, spec.validation_split, own_names=True), train_part.names)
+        part = with_names(load_labelled(spec, spec.validation_split, own_names=True), train_part)
         train, validation = (_features(encoder, one, options) for one in (train_part, part))
     test_features, labels = _features(encoder, test_part, options)
     found = linear_probe(train, validation, test_features, spec.metric)

@@ -94,6 +94,13 @@ def _decode(image: Image.Image) -> None:
         image.load()
 
 
+def _check_opened(image: Image.Image) -> None:
+    """Check an image that Pillow has opened without us."""
+    check_size(*image.size)
+    if image.format not in (None, *RASTER_FORMATS):
+        raise ValueError(f"The image's format is {image.format}; it must be one of {', '.join(RASTER_FORMATS)}.")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn a Pillow image of any mode into an upright 8-bit RGB image without metadata.
 
@@ -109,9 +116,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: The size isn't allowed; the image was opened from a file that isn't a raster picture, such as EPS;
             its mode is F, whose range isn't known; or its mode is I and a value is outside 0..65535.
     """
-    check_size(*image.size)
-    if image.format not in (None, *RASTER_FORMATS):
-        raise ValueError(f"The image's format is {image.format}; it must be one of {', '.join(RASTER_FORMATS)}.")
+    _check_opened(image)
     _decode(image)
     # Only now is it known of formats that hold pictures in a frame, as ICO does.
     check_size(*image.size)
@@ -239,7 +244,7 @@ def _open_encoded(encoded: str | bytes, name: str) -> Image.Image:
         ) from error
 
 
-def _read_within(response: Any, url: str, deadline: float) -> bytes:
+def _read_within(response: Any, deadline: float) -> bytes:
     """Return a response's body, if it's small enough and there in time."""
     chunks, size = [], 0
     while chunk := response.read1(1 << 16):
@@ -269,12 +274,11 @@ def _download(url: str, deadline: float) -> bytes:
     for _ in range(URL_REDIRECTS + 1):
         if not _is_url(url):
             raise ValueError(f"it leads to {url!r:.200}, which isn't an http(s) URL")
-        # Spaces and letters beyond ASCII are quoted, as browsers do.
-        quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-        request = urllib.request.Request(quoted, headers={"User-Agent": "diffclip-hf", "Accept": "image/*,*/*;q=0.5"})
+        headers = {"User-Agent": "diffclip-hf", "Accept": "image/*,*/*;q=0.5"}
+        request = urllib.request.Request(_in_ascii(url), headers=headers)
         try:
             with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
-                return _read_within(response, url, deadline)
+                return _read_within(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 location = error.headers.get("Location")
@@ -282,6 +286,13 @@ def _download(url: str, deadline: float) -> bytes:
                     raise ValueError(f"the server answered with status {error.code} {error.reason}") from error
                 url = urllib.parse.urljoin(url, location)
     raise ValueError(f"it is redirected more than {URL_REDIRECTS} times")
+
+
+def _in_ascii(url: str) -> str:
+    """Quote spaces and letters beyond ASCII, as browsers do."""
+    parts = urllib.parse.urlsplit(url.strip())
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def _in_time(work: Callable[[], bytes]) -> bytes:
@@ -383,6 +394,8 @@ def _check_file(path: str) -> None:
         raise ValueError(f"There is no file {path!r:.200}.")
     if not os.path.isfile(path):
         raise ValueError(f"{path!r:.200} isn't a file{' but a folder' if os.path.isdir(path) else ''}.")
+    if not os.path.getsize(path):
+        raise ValueError(f"The file {path!r:.200} is empty.")
 
 
 def _is_elsewhere(path: str) -> bool:
@@ -489,7 +502,7 @@ def open_image(source: Any) -> Iterator[Image.Image]:
             `check_size` refuses its size.
     """
     if isinstance(source, Image.Image):
-        check_size(*source.size)
+        _check_opened(source)
         yield source
         return
     with _open_any(source) as image:

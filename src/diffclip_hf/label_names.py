@@ -7,7 +7,7 @@ are matched by what the labels say wherever they say it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -194,6 +194,27 @@ def wrong_labels(column: str, feature: Any) -> ValueError:
     )
 
 
+def check_seen(labels: Iterable[int], learned: Iterable[int], names: Sequence[str], which: str, other: str) -> None:
+    """Raise a ValueError where a part has rows of labels that another part, which is learned from, has none of.
+
+    That's so where the parts' folders are called otherwise, such as `0` here and `00` there: `datasets` gives both
+    parts the names of all.
+
+    Args:
+        labels: The part's, as indices; None or below 0 for none.
+        learned: The other part's, likewise.
+        names: Both parts'.
+        which: What the first is called in errors.
+        other: What the second is called.
+    """
+    unseen = {label for label in labels if label is not None and label >= 0} - set(learned)
+    if unseen:
+        some = ", ".join(names[label] for label in sorted(unseen)[:5])
+        raise ValueError(
+            f"{which} has {len(unseen)} labels that {other} has no rows of: {some}{', …' if len(unseen) > 5 else ''}."
+        )
+
+
 def read_texts(dataset: "datasets.Dataset", column: str) -> list[Any]:
     """Return a column of texts, or of lists of texts.
 
@@ -262,6 +283,7 @@ def renumbered(dataset: "datasets.Dataset", indices: Sequence[int]) -> "datasets
 
 
 __all__ = [
+    "check_seen",
     "label_numbers",
     "match_labels",
     "name_labels",

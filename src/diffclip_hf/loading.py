@@ -140,6 +140,8 @@ def _model_folder(name: str | os.PathLike, cache_dir: str | os.PathLike | None, 
     if folder.is_file():
         raise ValueError(f"{source} is a file; name the folder that save_pretrained wrote.")
     if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        if (folder / ADAPTER).is_file():
+            raise ValueError(f"{source} has no {' or '.join(files)}, but an adapter; name the model that it is for.")
         inside = sorted(entry.parent.name for file in files for entry in folder.glob(f"*/{file}"))
         hint = f"; there is one in {', '.join(inside[-3:])}" if inside else "; name one that save_pretrained wrote"
         raise ValueError(f"{source} has no {' or '.join(files)}{hint}.")

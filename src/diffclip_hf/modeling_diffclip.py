@@ -27,7 +27,13 @@ from .attention_diffclip import (
 )
 from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
 from .hub_cache_diffclip import checked_downloads
-from .inputs_diffclip import check_input_ids, check_keyword_arguments, check_pixel_values, check_text_companion
+from .inputs_diffclip import (
+    check_input_ids,
+    check_keyword_arguments,
+    check_labels,
+    check_pixel_values,
+    check_text_companion,
+)
 from .loss_diffclip import image_text_contrastive_loss
 from .offloading_diffclip import check_four_bit_widths, check_has_weights, execution_device, weights_in_place
 
@@ -422,6 +428,8 @@ class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DiffCLIPTextConfig | DiffCLIPVisionConfig, layer_idx: int):
         super().__init__()
+        # CODEPATH: DiffCLIP and DiffCLIP* are differential in both towers, DiffCLIP† in vision, the CLIP baseline in
+        # neither.
         if config.attention_type == "differential":
             self.self_attn = DiffCLIPDifferentialAttention(config, layer_idx)
         else:
@@ -485,16 +493,21 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
     _can_record_outputs = {"hidden_states": DiffCLIPEncoderLayer, "attentions": DiffCLIPAttention}
 
-    def __init__(self, config: DiffCLIPConfig | DiffCLIPTextConfig | DiffCLIPVisionConfig, *args: Any, **kwargs: Any):
-        expected = type(self).config_class.model_type
-        if getattr(config, "model_type", None) != expected:
+    @classmethod
+    def _checked(cls, config: Any) -> Any:
+        """Return the configuration that a model is made of, or raise a ValueError where it can't be.
+
+        Its fields are looked at again, since they may have been set after it was made.
+        """
+        expected = cls.config_class
+        given = getattr(config, "model_type", None)
+        if given != expected.model_type:
             raise ValueError(
-                f"{type(self).__name__} is given a {type(config).__name__}, of a model of type "
-                f"{getattr(config, 'model_type', None)!r}; it must be a {type(self).config_class.__name__}."
+                f"{cls.__name__} is given a {type(config).__name__}, of a model of type {given!r}; it must be a "
+                f"{expected.__name__}."
             )
-        # Again, since fields may have been set after the configuration was made.
         config.validate_architecture()
-        super().__init__(config, *args, **kwargs)
+        return config
 
     @property
     def device(self) -> torch.device:
@@ -528,6 +541,7 @@ class DiffCLIPPreTrainedModel(PreTrainedModel):
         # Transformers adds each tower's patterns to the whole model's, where they would hide unexpected keys.
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
 
+    # trf-ignore: TRF018 (Transformers' defaults are other distributions, and every kind of module here is named)
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module from the original's distributions.
 
@@ -624,7 +638,7 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
     ]
 
     def __init__(self, config: DiffCLIPTextConfig):
-        super().__init__(config)
+        super().__init__(self._checked(config))
         self.embeddings = DiffCLIPTextEmbeddings(config)
         self.encoder = DiffCLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -764,7 +778,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
     ]
 
     def __init__(self, config: DiffCLIPVisionConfig):
-        super().__init__(config)
+        super().__init__(self._checked(config))
         self.embeddings = DiffCLIPVisionEmbeddings(config)
         self.encoder = DiffCLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -817,7 +831,7 @@ class DiffCLIPModel(DiffCLIPPreTrainedModel):
     """
 
     def __init__(self, config: DiffCLIPConfig):
-        super().__init__(config)
+        super().__init__(self._checked(config))
         self.text_model = DiffCLIPTextModel._from_config(config.text_config)
         self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
         self.visual_projection = projection(config.vision_config.hidden_size, config.projection_dim)
@@ -973,7 +987,7 @@ class DiffCLIPTextModelWithProjection(DiffCLIPPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", "^logit_scale$"]
 
     def __init__(self, config: DiffCLIPTextConfig):
-        super().__init__(config)
+        super().__init__(self._checked(config))
         self.text_model = DiffCLIPTextModel._from_config(config)
         self.text_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
@@ -1018,7 +1032,7 @@ class DiffCLIPVisionModelWithProjection(DiffCLIPPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", "^logit_scale$"]
 
     def __init__(self, config: DiffCLIPVisionConfig):
-        super().__init__(config)
+        super().__init__(self._checked(config))
         self.vision_model = DiffCLIPVisionModel._from_config(config)
         self.visual_projection = projection(config.hidden_size, config.projection_dim)
         self.post_init()
@@ -1058,7 +1072,7 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^(text|visual)_projection\.", "^logit_scale$"]
 
     def __init__(self, config: DiffCLIPConfig):
-        super().__init__(config)
+        super().__init__(self._checked(config))
         self.num_labels: int = config.num_labels or 0
         self.vision_model = DiffCLIPVisionModel._from_config(config.vision_config)
         width = config.vision_config.hidden_size
@@ -1093,6 +1107,8 @@ class DiffCLIPForImageClassification(DiffCLIPPreTrainedModel):
             An `ImageClassifierOutput`, with `logits` (batch, num_labels) and, with labels, the loss.
         """
         check_keyword_arguments(DiffCLIPForImageClassification.forward, kwargs)
+        if labels is not None and isinstance(pixel_values, torch.Tensor):
+            check_labels(labels, len(pixel_values), self.num_labels)
         outputs = self.vision_model(
             pixel_values=pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,

@@ -140,7 +140,7 @@ class OptionParser(HfArgumentParser):
 
     def __init__(self, classes: Sequence[type], words: dict[str, dict[bool, Any]], **kwargs: Any):
         self.options: dict[str, argparse.Action] = {}
-        self.words = words
+        self.words, self.parts = words, len(classes)
         hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
         self.kinds = {name: self._kinds_of(hint) for name, hint in hints.items()}
         super().__init__(classes, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ class OptionParser(HfArgumentParser):
         if rest:
             flags = [flag for action in self.options.values() for flag in action.option_strings]
             raise ValueError(f"{rest[0]!r} isn't an option{closest(rest[0], flags)} See --help.")
-        return tuple(parsed[: len(self.dataclass_types)])
+        return tuple(parsed[: self.parts])
 
     def typed(self, name: str, value: Any, what: str) -> Any:
         """Return a file's value as the command line would have it.

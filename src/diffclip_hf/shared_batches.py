@@ -12,6 +12,8 @@ from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
+from .training_counts import DataPass
+
 
 class SharedBatchSampler(Sampler[list[int]]):
     """Yields one process's share of each global batch: as equal as can be, and every row of an epoch exactly once.
@@ -168,7 +170,13 @@ class EvenLoader(DataLoaderStateMixin):
     Args:
         loader: Yields this process's batches.
         dataset, collator: What the batches are made of.
+
+    Raises:
+        ValueError: After the last batch, more rows than allowed had to be dropped, or all.
     """
+
+    # What the pass is called.
+    name = "evaluation"
 
     def __init__(self, loader: DataLoader, dataset: Any, collator: Any):
         self.loader, self.dataset, self.collator = loader, dataset, collator
@@ -185,11 +193,13 @@ class EvenLoader(DataLoaderStateMixin):
             batches, rows = even_batches(list(islice(own, 1)), 1)
             if not batches:
                 return
-            self.rows += sum(rows[0])
-            yield batches[0]
+            if any(rows[0]):
+                self.rows += sum(rows[0])
+                yield batches[0]
 
     def __iter__(self) -> Iterator[Any]:
         self.rows = 0
+        judged = DataPass(self.dataset, self.collator)
         self.begin()
         try:
             batches = self._batches()
@@ -201,6 +211,9 @@ class EvenLoader(DataLoaderStateMixin):
                 yield batch
         finally:
             self.end()
+        judged.end(self.name)
+        if not self.rows:
+            raise ValueError(f"Nothing is left of the data for {self.name}: no row of it can be used.")
 
 
 def gather_rows(parts: Any) -> Any:

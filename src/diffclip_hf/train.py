@@ -23,7 +23,7 @@ from torch import nn
 from .commands import run_command, stop_without_extra
 from .configuration_diffclip import DiffCLIPConfig
 from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
-from .label_names import match_labels, renumbered
+from .label_names import check_seen, match_labels, renumbered
 from .loading import check_path, check_tokenizer, load_config, load_model, load_processor, load_tokenizer
 from .modeling_diffclip import DiffCLIPForImageClassification, DiffCLIPModel
 from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
@@ -104,10 +104,11 @@ def build_processor(config: DiffCLIPConfig, tokenizer: str) -> DiffCLIPProcessor
 
 def classifier_labels(name: str) -> list[str] | None:
     """Return the labels that a saved classifier tells apart, in its order; None of other models."""
-    config = load_config(name, DiffCLIPConfig)
+    config: Any = load_config(name, DiffCLIPConfig)
     if DiffCLIPForImageClassification.__name__ not in (config.architectures or []):
         return None
-    return [config.id2label[index] for index in range(config.num_labels)]
+    names: Any = config.id2label
+    return [names[index] for index in range(len(names))]
 
 
 def build_model(args: ModelArguments, labels: Sequence[str] | None) -> tuple[nn.Module, DiffCLIPProcessor]:
@@ -238,7 +239,7 @@ def classification_parts(
     """Return what trains a `DiffCLIPForImageClassification` on images with labels.
 
     Raises:
-        ValueError: eval_data has a label that train_data lacks.
+        ValueError: eval_data has a label that train_data has no rows of.
     """
     columns = {"image_column": data_args.image_column, "label_column": data_args.label_column}
     assert data_args.train_data is not None
@@ -254,6 +255,7 @@ def classification_parts(
             data_args.eval_data, split=data_args.eval_split, **columns
         )
         eval_dataset = renumbered(eval_dataset, match_labels(eval_labels, labels, "eval_data", "train_data"))
+        check_seen(eval_dataset["label"], train_dataset["label"], labels, "eval_data", "train_data")
     model, processor = build_model(model_args, labels)
     train_collator, eval_collator = (
         ImageLabelCollator(

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import gather
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
@@ -39,6 +37,7 @@ from .shared_batches import (
     gather_rows,
     is_split,
 )
+from .training_counts import DataPass
 from .zero_shot import label_texts, mean_label_embeds
 
 
@@ -164,33 +163,13 @@ def _to_float32(model: nn.Module) -> None:
         model.float()
 
 
-class _Pass:
-    """Judges what the data set and the collator of one pass over data dropped, in all processes together."""
-
-    def __init__(self, dataset: Any, collator: Any):
-        self.parts = [part for part in (dataset, collator) if hasattr(part, "counts") and hasattr(part, "check")]
-        self.before = [dict(part.counts) for part in self.parts]
-
-    def end(self, name: str) -> None:
-        """Log what was counted.
-
-        Raises:
-            ValueError: More was dropped than allowed; in every process alike.
-        """
-        for part, before in zip(self.parts, self.before, strict=True):
-            counts = {kind: number - before[kind] for kind, number in part.counts.items()}
-            logger.info("%s after %s: %s", type(part).__name__, name, counts)
-            own = torch.tensor([list(counts.values())], device=PartialState().device)
-            part.check(dict(zip(counts, gather(own).sum(0).tolist(), strict=True)))
-
-
 class _Callback(TrainerCallback):
     """What `DiffCLIPTrainer` does at moments that only callbacks have."""
 
     def __init__(self, collator: Any):
         self.collator = collator
         self.streams_begun = 0
-        self.training_pass: _Pass | None = None
+        self.training_pass: DataPass | None = None
         self.rows_of_step = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -209,7 +188,7 @@ class _Callback(TrainerCallback):
         if hasattr(train_dataloader.dataset, "set_position"):
             skipped = 0 if args.ignore_data_skip else updates * args.gradient_accumulation_steps
             train_dataloader.dataset.set_position(epoch, skipped)
-        self.training_pass = _Pass(train_dataloader.dataset, self.collator)
+        self.training_pass = DataPass(train_dataloader.dataset, self.collator)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.training_pass.end(f"epoch {state.epoch:g}")
@@ -654,14 +633,13 @@ class DiffCLIPTrainer(Trainer):
         return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def _run_once(self, dataloader: Any, description: str, *args: Any) -> EvalLoopOutput:
-        """Run Transformers' loop on what `_loader_once` returns, and judge what was dropped."""
+        """Run Transformers' loop, with each row that can be used once."""
+        if not isinstance(dataloader, EvenLoader):
+            dataloader = EvenLoader(dataloader, dataloader.dataset, dataloader.collate_fn)
+        dataloader.name = description.lower()
         # It puts the attribute back. What accelerate has instead takes all processes to have as many rows.
         self.gather_function = self._gather_rows
-        judged = _Pass(dataloader.dataset, dataloader.collator)
         output = super().evaluation_loop(dataloader, description, *args)
-        judged.end(description.lower())
-        if not dataloader.rows:
-            raise ValueError(f"Nothing is left of the data for {description.lower()}: no row of it can be used.")
         return output._replace(num_samples=dataloader.rows)
 
     def _gather_rows(self, parts: Any) -> Any:

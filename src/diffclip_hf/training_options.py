@@ -1,6 +1,7 @@
 """The options of `python -m diffclip_hf.train`: what they are, what they may be, and which go together."""
 
 import argparse
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from .commands import one_line, require_extra
 from .configuration_diffclip import DiffCLIPConfig
@@ -184,9 +186,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     if len(names) > 1:
         raise ValueError(f"--config is given {len(names)} times; put the options into one file.")
     options = read_config(names[0]) if names else {}
-    found = parser.parse(argv, options, f"--config {names[0]}" if names else "the command line")
-    _check(*found, given=parser.given(argv) | options.keys())
-    return found  # type: ignore[return-value]
+    what = f"--config {names[0]}" if names else "the command line"
+    model_args, data_args, training_args = parser.parse(argv, options, what)
+    _check(model_args, data_args, training_args, given=parser.given(argv) | options.keys())
+    return model_args, data_args, training_args
 
 
 def config_from_fields(fields: dict[str, Any], what: str = "model_config") -> DiffCLIPConfig:
@@ -366,12 +369,13 @@ def _check_scheduler(args: DiffCLIPTrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{name} is {value!r}; it must hold fields by name, as in {{...}}.")
+    kwargs: Any = copy.copy(args.lr_scheduler_kwargs)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs or {}))
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type is {args.lr_scheduler_type.value!r} with lr_scheduler_kwargs="
+            f"lr_scheduler_type is {SchedulerType(args.lr_scheduler_type).value!r} with lr_scheduler_kwargs="
             f"{args.lr_scheduler_kwargs}: {one_line(error)}."
         ) from error
 
@@ -420,9 +424,8 @@ def _check(
     require_extra("training", *(["peft"] * bool(model_args.lora_rank)), *(["datasets"] * _any_tables(data_args)))
     evaluated = data_args.eval_data is not None or data_args.zero_shot_data is not None
     if training_args.eval_strategy != "no" and not evaluated:
-        raise ValueError(
-            f"eval_strategy is {training_args.eval_strategy.value!r}; it needs eval_data or zero_shot_data."
-        )
+        strategy = IntervalStrategy(training_args.eval_strategy).value
+        raise ValueError(f"eval_strategy is {strategy!r}; it needs eval_data or zero_shot_data.")
     if training_args.fp16 and training_args.device.type == "cpu":
         raise ValueError("fp16 is True, which needs a GPU; bf16 works on a CPU too.")
     _check_scheduler(training_args)

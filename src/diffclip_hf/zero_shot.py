@@ -121,10 +121,13 @@ def _image_column(images: Any) -> str:
 
 
 def _undecoded(images: Any, image_column: str | None) -> Any:
-    """Return a dataset with its images as their files have them, for `read_image` rather than for `datasets`.
+    """Return a dataset, or a column of it, with its images as their files have them, for `read_image` to decode.
 
     A transform or a mode that was chosen for the dataset is kept, and its images are then decoded by `datasets`.
     """
+    if hasattr(images, "source") and hasattr(images, "column_name"):
+        source = _undecoded(images.source, images.column_name)
+        return images if source is images.source else source[images.column_name]
     features = getattr(images, "features", None)
     if not isinstance(features, Mapping) or not hasattr(images, "cast_column"):
         return images
