@@ -65,6 +65,8 @@ def test_other_labels_go_by_position():
     [
         (["a", "b"], ["x"], r"has 1 names; the column label has 2 labels \(a, b\)"),
         (["0", "1", "3"], ["x", "y", "z"], "has the label 3. The first name is that of 0"),
+        (["-1", "0", "1"], ["x", "y", "z"], "'-1' before '0'"),
+        (["1", "10", "2", "other"], ["w", "x", "y", "z"], "'10' before '2'"),
         (["DC-10 jet", "DC-3 plane"], ["x", "y"], "'DC-10 jet' before 'DC-3 plane'"),
         (["cat", "dog"], ["dog", "puppy"], "the name 'dog' to the label 'cat', though the column label has a label"),
         (["cat"], {"dog": "x"}, "no name for 1 labels of the column label, 'cat' the first"),
@@ -80,6 +82,7 @@ def test_labels_without_numbers_or_with_too_many():
     assert label_numbers(["a1", "b2"]) is None
     assert label_numbers(["1", "01"]) is None
     assert label_numbers(["9" * 30, "1"]) is None
+    assert named(["a²", "b³"], ["x", "y"]) == {"a²": "x", "b³": "y"}
     assert match_labels(["b", "a"], ["a", "b", "c"], "eval", "train") == [1, 0]
     with pytest.raises(ValueError, match="eval has 1 labels that train lacks: d"):
         match_labels(["d"], ["a"], "eval", "train")

@@ -251,9 +251,12 @@ def run(args: argparse.Namespace) -> None:
         for spec in specs:
             logger.info("%s on %s", args.task, spec.name)
             results.append(RUN_TASK[args.task](encoder, spec, options))
-    finally:
+    except BaseException:
         if results:
-            report_results(args, encoder, specs[: len(results)], results)
+            # Both errors count.
+            run_command(lambda: report_results(args, encoder, specs[: len(results)], results), logger)
+        raise
+    report_results(args, encoder, specs, results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

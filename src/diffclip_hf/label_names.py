@@ -77,7 +77,7 @@ def label_numbers(labels: Sequence[str]) -> list[int] | None:
 def _natural(label: str) -> list[Any]:
     """Return what sorts a label with its numbers as numbers."""
     return [
-        (0, int(part), "") if part.isdigit() and len(part) <= MOST_DIGITS else (1, 0, part)
+        (0, int(part), "") if part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS else (1, 0, part)
         for part in re.split("([0-9]+)", label)
         if part
     ]
