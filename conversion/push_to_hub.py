@@ -23,9 +23,10 @@ from model_card import Card, read_json, render_card
 from parity_gate import MAX_ERROR
 from safetensors import SafetensorError, safe_open
 
-from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, add_remote_code
+from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, DiffCLIPProcessor, add_remote_code
 from diffclip_hf.commands import CommandParser, run_command
 from diffclip_hf.hub_cache_diffclip import sha256_of
+from diffclip_hf.loading import load_config, load_processor
 from diffclip_hf.remote_code import CODE_FILES, WEIGHTS, files_to_share
 
 
@@ -67,6 +68,10 @@ def check_folder(folder: Path) -> list[Path]:
     except ValueError as error:
         raise PushError(f"DIR {error}") from error
     check_weights([path for path in files if path.suffix == ".safetensors"], folder)
+    try:
+        load_processor(folder, load_config(folder, DiffCLIPConfig), DiffCLIPProcessor)
+    except ValueError as error:
+        raise PushError(f"DIR {folder}: {error}") from error
     return files
 
 
