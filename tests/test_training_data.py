@@ -12,13 +12,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 from training_samples import encoded, picture, sample, tiny_pair_model, tiny_processor, write_shards, write_tar
 from transformers import Trainer
 from transformers.utils import is_torchvision_available
 
 from diffclip_hf import image_reading
+from diffclip_hf.image_reading import open_image
 from diffclip_hf.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 from diffclip_hf.training_data import (
     ImageLabelCollator,
@@ -132,6 +133,15 @@ def test_tar_shards(tmp_path):
         load_image_text_dataset(str(tmp_path))
     with pytest.raises(ValueError, match="revision can't be used"):
         load_image_text_dataset(str(tmp_path), batch_size=2, revision="main")
+
+
+def test_a_stream(tmp_path):
+    pair_dataset().to_parquet(tmp_path / "a.parquet")
+    stream = load_image_text_dataset(f"{tmp_path}/a.parquet", streaming=True)
+    assert [row["caption"] for row in stream] == [f"picture {number}" for number in range(6)]
+    assert next(iter(stream))["image"]["bytes"] == sample(0)["jpg"]
+    with pytest.raises(ValueError, match="streaming is True; labels are numbered over the whole data set"):
+        load_image_label_dataset(f"{tmp_path}/a.parquet", streaming=True)
 
 
 def test_columns_can_be_told_and_are_named_if_not_found(tmp_path):
@@ -402,6 +412,41 @@ def test_a_row_without_a_caption_is_dropped_and_counted(caption):
     assert collator.counts == {"seen": 2, "corrupt_images": 0, "empty_captions": 1, "undecodable_captions": 0}
 
 
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": None}, {"bytes": b""}, {}])
+def test_a_row_without_an_image_is_dropped_and_counted(image):
+    collator = ImageTextCollator(tiny_processor(), train=True)
+    assert len(collator([{"image": image, "caption": "x"}, *rows([1])])["input_ids"]) == 1
+    assert collator.counts["corrupt_images"] == 1
+
+
+@pytest.mark.parametrize("caption", ["half \ud83c", 5, ["good", b"bytes"], [["nested"]], float("nan")])
+def test_a_caption_that_isnt_text_is_dropped_and_counted(caption, caplog):
+    collator = ImageTextCollator(tiny_processor(), train=True)
+    batch = collator(rows([0, 1], [caption, "x"]))
+    assert batch["input_ids"].tolist() == tiny_processor().tokenizer(["x"])["input_ids"]
+    assert collator.counts == {"seen": 2, "corrupt_images": 0, "empty_captions": 0, "undecodable_captions": 1}
+    assert "half a character" in caplog.text or "it must be text" in caplog.text
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_broken_metadata_doesnt_cost_the_picture(train):
+    broken, info = PngImagePlugin.PngInfo(), b"Exif\0\0" + b"\xa8 not exif"
+    broken.add_text("Raw profile type exif", "\nexif\n      20\nnothex\n")
+    # JPEG is lossy, but the same picture coded without metadata has the same pixels.
+    jpegs = [encoded(picture(3), quality=95, **options) for options in ({}, {"exif": info})]
+    pngs = [encoded(picture(3), "PNG", **options) for options in ({}, {"pnginfo": broken})]
+    for plain, damaged in (jpegs, pngs):
+        images = []
+        for content in (plain, damaged):
+            # What is drawn depends on the bytes; a crop of everything doesn't.
+            with open_image(content) as image:
+                box = np.random.default_rng(0)
+                images.append(np.asarray(decode_crop(image, (32, 32), (1.0, 1.0), Image.Resampling.BILINEAR, box)))
+            collator = ImageTextCollator(tiny_processor(), train=train)
+            assert len(collator([{"image": content, "caption": "x"}])["pixel_values"]) == 1
+        assert np.array_equal(*images)
+
+
 def test_too_many_dropped_stop_the_training():
     bad = {"image": b"", "caption": "damaged", "key": "0.tar/17"}
     collator = ImageTextCollator(tiny_processor(), train=True, max_skipped_share=0.01)
@@ -444,6 +489,17 @@ def test_what_a_source_must_not_give():
     for scale in ((0.0, 1.0), (0.9, 0.5), (0.5, 1.5)):
         with pytest.raises(ValueError, match="crop_scale is"):
             ImageTextCollator(tiny_processor(), train=True, crop_scale=scale)
+    with pytest.raises(ValueError, match="A row has image, text; caption_column is 'caption', which isn't there"):
+        collator([{"image": WHOLE, "text": "x"}])
+    with pytest.raises(TypeError, match="A row is of type tuple; it must have columns by name"):
+        collator([(WHOLE, "x")])
+    with pytest.raises(TypeError, match="train is missing; pass True"):
+        ImageTextCollator(tiny_processor())
+    with pytest.raises(TypeError, match="processor is of type CLIPTokenizer; it must be a DiffCLIPProcessor"):
+        ImageTextCollator(tiny_processor().tokenizer, train=True)
+    for label in (1.5, "cat", [1]):
+        with pytest.raises(TypeError, match=r"The column label has .*; it must have indices"):
+            ImageLabelCollator(tiny_processor(), train=True)([{"image": WHOLE, "label": label}])
     with pytest.raises(ValueError, match="seed is -1"):
         ImageTextCollator(tiny_processor(), train=True, seed=-1)
 

@@ -254,6 +254,55 @@ def test_samples_without_a_caption_are_passed_over_and_counted(tmp_path, caplog)
         shards.check()
 
 
+@pytest.mark.parametrize("caption", [b"[" * 200_000 + b"]" * 200_000, b'{"caption": "half \\ud83c"}'])
+def test_a_caption_of_absurd_json_or_half_a_character_is_counted(tmp_path, caption):
+    samples = [{"jpg": encoded(picture(0)), "json": caption}, *map(sample, range(1, 4))]
+    shards = ImageTextShards(str(write_tar(tmp_path / "0.tar", samples)), 3, shuffle_buffer=0, max_skipped_share=1)
+    assert captions(shards) == ["picture 1", "picture 2", "picture 3"]
+    assert shards.counts["undecodable_captions"] == 1
+
+
+def test_a_name_given_twice_begins_another_sample(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number in range(2):
+            for extension, content in sample(number).items():
+                info = tarfile.TarInfo(f"same.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    assert captions(ImageTextShards(str(tmp_path), 2, shuffle_buffer=0)) == ["picture 0", "picture 1"]
+
+
+def once(folder, batch_size: int, world: int, workers: int) -> list[list[list[str]]]:
+    """What each process has of each global batch."""
+    processes = []
+    for rank in range(world):
+        # Fewer samples than a batch are enough, and training's order doesn't matter.
+        shards = ImageTextShards(str(folder), 1000, rank=rank, world_size=world, max_skipped_share=1)
+        loader = DataLoader(shards.once(batch_size), batch_size=None, num_workers=workers, collate_fn=only_list)
+        processes.append([[row["caption"] for row in rows] for rows in loader])
+    return [list(parts) for parts in zip(*processes, strict=True)]
+
+
+def test_evaluation_has_each_pair_once_in_order_by_hand(tmp_path):
+    samples = [sample(number, None if number == 2 else "") for number in range(6)]
+    write_tar(tmp_path / "0.tar", samples)
+    write_tar(tmp_path / "1.tar", map(sample, range(6, 9)), first=6)
+    # One that states too few is read to its end.
+    (tmp_path / "1_stats.json").write_text('{"successes": 1}')
+    of = "picture {}".format
+    expected = [[[of(0), of(1)], [of(3)]], [[of(4), of(5)], [of(6), of(7)]], [[of(8)], []]]
+    assert once(tmp_path, 2, 2, 0) == expected
+    assert once(tmp_path, 2, 2, 2) == expected
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("batch_size", "world", "workers"), [(1, 1, 0), (5, 1, 3), (7, 3, 0), (100, 2, 0)])
+def test_evaluation_is_the_same_whatever_the_division(tmp_path, batch_size, world, workers):
+    write_shards(tmp_path, [5, 1, 7])
+    found = once(tmp_path, batch_size, world, workers)
+    assert [caption for batch in found for part in batch for caption in part] == [f"picture {n}" for n in range(13)]
+
+
 def test_too_many_skipped_stop_the_training(tmp_path):
     tiny = [{"jpg": b"", "txt": b"x" if number % 10 else b""} for number in range(2000)]
     shards = ImageTextShards(str(write_tar(tmp_path / "0.tar", tiny)), 8, shuffle_buffer=0)
@@ -372,6 +421,10 @@ def test_sizes_are_read_beside_the_shards(tmp_path, caplog):
     (tmp_path / "sizes.json").write_text("[]")
     with pytest.raises(ValueError, match=r"sizes\.json' has a list; it must have an object"):
         ImageTextShards(str(tmp_path), 1)
+    for size in ("true", "-1", '"3"', "2.5"):
+        (tmp_path / "sizes.json").write_text(f'{{"00001.tar": {size}}}')
+        with pytest.raises(ValueError, match=r"sizes\.json' states .* as 00001\.tar; it must be a whole number"):
+            ImageTextShards(str(tmp_path), 1)
     (tmp_path / "sizes.json").write_text("{")
     with pytest.raises(ValueError, match=r"sizes\.json' must be JSON"):
         ImageTextShards(str(tmp_path), 1)

@@ -163,6 +163,12 @@ def _to_float32(model: nn.Module) -> None:
         model.float()
 
 
+def _check_labels(labels: Any, count: int) -> None:
+    """Raise a ValueError where one of a batch's labels, a tensor or array, isn't among so many."""
+    if len(labels) and (largest := int(labels.max())) >= count:
+        raise ValueError(f"A label is {largest}; there are {count} labels, so it must be in 0..{count - 1}.")
+
+
 class _Callback(TrainerCallback):
     """What `DiffCLIPTrainer` does at moments that only callbacks have."""
 
@@ -333,6 +339,7 @@ class DiffCLIPTrainer(Trainer):
         """List arguments as `_without_effect` does, without effect on a contrastive model or against its loss."""
         args = self.args
         chunks = args.contrastive_chunk_size is not None
+        optimizer = str(getattr(args.optim, "value", args.optim))
         own_loss = "a contrastive model has its own loss"
         own_metrics = "a contrastive model is evaluated on all its embeddings"
         return [
@@ -361,8 +368,8 @@ class DiffCLIPTrainer(Trainer):
                 "contrastive_chunk_size has steps of its own",
             ),
             (
-                f"optim={str(args.optim.value)!r}",
-                chunks and args.optim.value in ("lomo", "adalomo"),
+                f"optim={optimizer!r}",
+                chunks and optimizer in ("lomo", "adalomo"),
                 "it updates weights in the backward pass, which contrastive_chunk_size runs several times",
             ),
         ]
@@ -424,10 +431,11 @@ class DiffCLIPTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> Any:
         """Return the evaluation data: every row exactly once, in order, and no batch left out."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        sets: Any = self.eval_dataset
+        dataset: Any = sets if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset is None; evaluation needs one.")
-        return self._loader_once(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
+        return self._loader_once(sets[dataset] if isinstance(dataset, str) else dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> Any:
         """Return a dataset's batches as evaluation has them."""
@@ -508,12 +516,20 @@ class DiffCLIPTrainer(Trainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the model's loss, which a contrastive model is asked for; 0, with gradients of 0, of no rows."""
+        labels = inputs.get("labels")
         if self.is_contrastive:
             inputs = {**inputs, "return_loss": True}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        elif isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+            # On a GPU the loss would end the process.
+            _check_labels(labels, self.model.config.num_labels)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if find_batch_size(outputs) == 0:
             # A mean over nothing is NaN, though its gradients are 0.
             loss = torch.nan_to_num(loss)
@@ -668,6 +684,7 @@ class DiffCLIPTrainer(Trainer):
         tokenize = partial(self.tokenizer, padding=True, truncation=True, return_tensors="pt")
         text_embeds = self._embed(texts, tokenize, "Labels").predictions
         images = self._embed(task.dataset, task.collator, "Zero-shot")
+        _check_labels(images.label_ids, len(labels))
         label_embeds = mean_label_embeds(self._on_device(text_embeds), indices, len(labels))
         predicted = (self._on_device(images.predictions) @ label_embeds.t()).argmax(1)
         return (predicted == self._on_device(images.label_ids)).double().mean().item()

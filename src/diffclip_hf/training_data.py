@@ -52,17 +52,17 @@ def _choose_column(columns: Sequence[str], usual: Sequence[str], told: str | Non
 
 
 def _as_images(dataset: "datasets.Dataset", column: str) -> "datasets.Dataset":
-    """Return the data set with its column `image` undecoded; `column` is what it's called in errors."""
+    """Return the data set with its column of images undecoded."""
     import datasets
 
-    feature = dataset.features["image"]
+    feature = dataset.features[column]
     kind = getattr(feature, "dtype", None)
     if isinstance(feature, datasets.Value) and kind not in (
         *("string", "large_string", "binary", "large_binary"),
         "null",
     ):
         raise ValueError(f"The column {column} is {feature}; images must be encoded, or paths.")
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    return dataset.cast_column(column, datasets.Image(decode=False))
 
 
 def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
@@ -152,17 +152,20 @@ def load_image_text_dataset(
     require_extra("training", "datasets")
 
     dataset = _load(source, split, load_options)
+    if dataset.column_names is None:  # Of a stream, before its first rows are read.
+        dataset = dataset._resolve_features()
     chosen = {
         "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
         "caption": _choose_column(dataset.column_names, CAPTION_COLUMNS, caption_column, "caption_column"),
     }
-    dataset = dataset.select_columns(list(chosen.values()))
+    # First, for a stream would decode its images, and encode them anew, to rename their column.
+    dataset = _as_images(dataset, chosen["image"]).select_columns(list(chosen.values()))
     dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
     feature = dataset.features["caption"]
     text = getattr(feature, "feature", feature)
     if getattr(text, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"The column {chosen['caption']} is {feature}; captions must be strings or lists of strings.")
-    return _as_images(dataset, chosen["image"])
+    return dataset
 
 
 def load_own_labels(
@@ -186,15 +189,16 @@ def load_own_labels(
 
     if names_shards(source):
         raise ValueError(f"{source!r} names tar shards, which have captions rather than labels.")
+    if load_options.get("streaming"):
+        raise ValueError("streaming is True; labels are numbered over the whole data set, so leave it out.")
     dataset = _load(source, split, load_options)
     chosen = {
         "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
         "label": _choose_column(dataset.column_names, LABEL_COLUMNS, label_column, "label_column"),
     }
-    dataset = dataset.select_columns(list(chosen.values()))
+    # First, before the labels are numbered, which goes through every row.
+    dataset = _as_images(dataset, chosen["image"]).select_columns(list(chosen.values()))
     dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
-    # Before the labels are numbered, which goes through every row.
-    dataset = _as_images(dataset, chosen["image"])
     check_numbering(source, chosen["label"])
     return *own_labels(dataset, chosen["label"]), chosen["label"]
 
@@ -306,6 +310,8 @@ class _ImageCollator:
     # What rows without use are counted as, the image apart: those without a target first.
     kinds: tuple[str, ...]
     missing_reason: str
+    # The argument that names the column of what the image is trained towards.
+    target_column: str
 
     def __init__(
         self,
@@ -349,8 +355,8 @@ class _ImageCollator:
         """
         self._skipped.check(counts, least_seen=1)
 
-    def _targets(self, row: Mapping[str, Any]) -> list[Any]:
-        """Return what the row's image may be trained towards.
+    def _targets(self, cell: Any) -> list[Any]:
+        """Return what a row's image may be trained towards, of its column for that.
 
         Raises:
             ValueError: It can't be used.
@@ -393,7 +399,7 @@ class _ImageCollator:
     def _decode_row(self, row: Mapping[str, Any]) -> tuple[Image.Image, Any] | None:
         """Return a row's image and target, None if one of them is of no use."""
         self._skipped.see()
-        image = self._cell(row, "image_column")
+        image, cell = self._cell(row, "image_column"), self._cell(row, self.target_column)
         if image is not None and not isinstance(image, (bytes, str, os.PathLike, Mapping)):
             raise TypeError(
                 f"The column {self.image_column} has a {type(image).__name__}; it must have encoded images, as after "
@@ -405,7 +411,7 @@ class _ImageCollator:
             image = {"path": image}
         which = row.get("key") or image.get("path")
         try:
-            targets = self._targets(row)
+            targets = self._targets(cell)
         except ValueError as error:
             self._skipped.skip(self.kinds[-1], which or "a row", str(error))
             return None
@@ -478,6 +484,7 @@ class ImageTextCollator(_ImageCollator):
     """
 
     kinds = ("empty_captions", "undecodable_captions")
+    target_column = "caption_column"
     missing_reason = "it has no caption"
 
     def __init__(
@@ -492,8 +499,8 @@ class ImageTextCollator(_ImageCollator):
         self.pad_to_max_length = pad_to_max_length
         self.caption_column = caption_column
 
-    def _targets(self, row: Mapping[str, Any]) -> list[str]:
-        return non_empty_captions(self._cell(row, "caption_column"))
+    def _targets(self, cell: Any) -> list[str]:
+        return non_empty_captions(cell)
 
     def _batch_of(self, targets: list[str]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
@@ -522,21 +529,21 @@ class ImageLabelCollator(_ImageCollator):
     """
 
     kinds = ("missing_labels",)
+    target_column = "label_column"
     missing_reason = "it has no label"
 
     def __init__(self, processor: ProcessorMixin, *, label_column: str = "label", **options: Any):
         super().__init__(processor, **options)
         self.label_column = label_column
 
-    def _targets(self, row: Mapping[str, Any]) -> list[int]:
-        label = self._cell(row, "label_column")
-        if label is None:
+    def _targets(self, cell: Any) -> list[int]:
+        if cell is None:
             return []
         try:
-            index = operator.index(label)
+            index = operator.index(cell)
         except TypeError:
             raise TypeError(
-                f"The column {self.label_column} has {label!r:.80}, a {type(label).__name__}; it must have indices."
+                f"The column {self.label_column} has {cell!r:.80}, a {type(cell).__name__}; it must have indices."
             ) from None
         # What data sets on the Hub have where a label is held back.
         return [] if index < 0 else [index]

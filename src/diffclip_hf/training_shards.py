@@ -507,7 +507,8 @@ class ImageTextShards(IterableDataset):
         """Yield a worker's lists of this process: of every global batch in turn its share, which may be empty."""
         size = batch_size * self.world_size
         first = 0  # The number of the present shard's first sample.
-        batch, rows = worker, []
+        batch = worker
+        rows: list[dict[str, Any]] = []
 
         def is_own(number: int) -> bool:
             place, rest = divmod(first + number, size)
