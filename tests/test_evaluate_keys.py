@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import randomised
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil, logging
 
@@ -213,6 +214,10 @@ def test_values_that_look_alike_are_told_apart():
         describe(object())
     assert tensor_digest(torch.ones(2, 3)) != tensor_digest(torch.ones(3, 2))
     assert tensor_digest(torch.ones(2, dtype=torch.bfloat16)) != tensor_digest(torch.ones(2, dtype=torch.float16))
+    # Made of others, as torchao's quantised weights are.
+    ones, twos = torch.ones(2), torch.full((2,), 2.0)
+    assert tensor_digest(TwoTensor(ones, ones)) == tensor_digest(TwoTensor(ones.clone(), ones))
+    assert tensor_digest(TwoTensor(ones, ones)) != tensor_digest(TwoTensor(ones, twos))
     with pytest.raises(UnknownContentError):
         tensor_digest(torch.eye(2).to_sparse())
 
