@@ -354,6 +354,13 @@ def test_refuses_a_folder_without_weights_or_processor(push, hub, folder):
     refused(push, hub, folder, words=r"has no tokenizer\.json")
 
 
+def test_refuses_another_models_tokenizer(push, hub, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(push, hub, folder, words=r"the model's is 5, so it is another model's tokenizer")
+
+
 def test_refuses_damaged_weights(push, hub, folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
