@@ -16,7 +16,7 @@ EMOJI = Path(__file__).parent.parent / "embedded" / "diffclip-emoji"
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A model's folder, without code."""
-    return Path(shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("*.py")))
+    return Path(shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
 
 
 def test_code_goes_beside_a_snapshot_of_the_hubs_cache_and_not_into_its_blobs(tmp_path, folder):
