@@ -231,6 +231,16 @@ def test_a_lost_vocabulary(copy):
             load(copy)
 
 
+def test_a_lost_limit_is_the_models(copy, caplog):
+    """Without tokenizer_config.json texts would be cut at 77 tokens, and the first longer than the model's stop it."""
+    (copy / "tokenizer_config.json").unlink()
+    change_config(copy, max_position_embeddings=9)
+    processor = load_processor(copy, load_config(copy))
+    ids = processor(text=["a long text of more tokens than nine"], truncation=True)["input_ids"][0]
+    assert (len(ids), ids[-1]) == (9, 513)
+    assert "texts are cut at 9" in caplog.text
+
+
 def test_a_lost_image_processor(copy):
     (copy / "processor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no processor_config\.json or preprocessor_config\.json"):

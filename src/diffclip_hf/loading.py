@@ -382,7 +382,7 @@ def load_processor(
     processor_class: Any = AutoProcessor,
     **options: Any,
 ) -> Any:
-    """Return a processor with an image processor and a tokenizer, which has to be a model's.
+    """Return a processor with an image processor and a tokenizer, which has to be a model's; it cuts at its length.
 
     Args:
         name: A folder or an id on the Hub.
@@ -402,6 +402,11 @@ def load_processor(
             "processor there."
         )
     check_tokenizer(processor.tokenizer, config, source)
+    longest = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and processor.tokenizer.model_max_length > longest:
+        # As where tokenizer_config.json is lost: the first longer text would stop the model, hours into a run.
+        logger.warning("The tokenizer of %s has no limit that suits the model: texts are cut at %d.", source, longest)
+        processor.tokenizer.model_max_length = longest
     return processor
 
 
