@@ -15,7 +15,7 @@ import convert_to_original as back
 import pytest
 import torch
 from original_checkpoint import ALLOWED_GLOBALS, ConversionError, check_tensors, load_state_dict
-from parity_models import FIXTURES
+from parity_models import FIXTURES, formula_state_dict
 from released_checkpoint import IMPORTS, imports_of, save_released
 from safetensors.torch import save_file
 from test_conversion import HEADS, failing, run, save
@@ -52,6 +52,20 @@ def test_a_file_like_the_released_ones_converts_bit_for_bit(tmp_path, variant, p
     assert found.keys() == {f"module.{key}" for key in weights}
     for key, value in weights.items():
         assert found[f"module.{key}"].numpy().tobytes() == value.numpy().tobytes(), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["diffclip", "clip"])
+def test_a_file_of_the_released_size_converts_bit_for_bit(tmp_path, variant):
+    """Of 1.8 GB, with CLIP's vocabulary, by the options of the README alone."""
+    weights = formula_state_dict(variant)
+    path = save_released(tmp_path / "checkpoint_best.pt", weights, "DIFFCLIP_VITB16")
+    assert round(path.stat().st_size / 1e9, 1) == 1.8
+    assert run("--checkpoint", path, "--output-dir", tmp_path / "out") == 0
+    assert back.main([str(tmp_path / "out"), str(tmp_path / "back.pt")]) == 0
+    found = load_state_dict(tmp_path / "back.pt")
+    assert found.keys() == weights.keys()
+    assert all(found[key].numpy().tobytes() == value.numpy().tobytes() for key, value in weights.items())
 
 
 def test_it_is_read_where_no_posix_path_can_be_built(tmp_path, monkeypatch, weights):
