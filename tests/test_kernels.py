@@ -334,8 +334,9 @@ def test_without_triton_the_file_loads_and_the_call_says_what_is_missing(monkeyp
     [
         (90, "64", "bfloat16"),
         *(
-            pytest.param(architecture, "8,32,48,64,80,128", "float32,bfloat16,float16", marks=pytest.mark.slow)
+            pytest.param(architecture, "8,32,48,64,80,128", dtype, marks=pytest.mark.slow)
             for architecture in (80, 90, 120)
+            for dtype in ("float32", "bfloat16", "float16")
         ),
     ],
 )
