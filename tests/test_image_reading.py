@@ -365,7 +365,7 @@ def test_urls_that_give_no_picture(path, message, server, monkeypatch):
         (np.zeros((3, 4, 3), np.uint8), "type ndarray"),
         (5, "type int"),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=lambda value: repr(value).split(" object at ")[0][:30],
 )
 def test_one_line_says_what_is_wrong(source, message):
     with pytest.raises(ValueError, match=message) as raised:
