@@ -128,6 +128,31 @@ def _heads(tower: str, width: int, lambda_length: int | None, given: int | None,
     return heads
 
 
+def _check_size(what: str, found: int, least: int, most: int) -> None:
+    """Raise unless a size that a shape tells is one of a model that can be measured."""
+    if not least <= found <= most:
+        raise ConversionError(f"{what} {found:,}; it must be from {least} to {most:,}.")
+
+
+def _image_size(state_dict: Mapping[str, torch.Tensor], given: int | None) -> int:
+    """Return the side of an image in pixels: the option, if it fits the position grid, else the patches' together."""
+    _, channels, patch_size, _ = _shape(state_dict, "visual.patch_embed.proj.weight", 4)
+    if channels != 3:
+        raise ConversionError(f"Key 'visual.patch_embed.proj.weight' has {channels} channels; a picture has 3.")
+    positions = _shape(state_dict, "visual.pos_embed", 3)[1]
+    _check_size("'visual.pos_embed' has a number of positions of", positions, 2, MAX_TOKENS)
+    grid = math.isqrt(positions - 1)
+    if grid * grid != positions - 1:
+        raise ConversionError(f"Key 'visual.pos_embed' has {positions} positions; they must be a square and one.")
+    if given is not None and given // patch_size != grid:
+        raise ConversionError(
+            f"--image-size is {given}; 'visual.pos_embed' has {grid}x{grid} patches of {patch_size} pixels."
+        )
+    image_size = grid * patch_size if given is None else given
+    _check_size("The patches make images with a side of", image_size, 1, MAX_SIDE)
+    return image_size
+
+
 def infer_config(
     state_dict: Mapping[str, torch.Tensor],
     variant: str = "auto",
@@ -166,29 +191,12 @@ def infer_config(
                 f"(text); the checkpoint's are {names[found[0]]} and {names[found[1]]}."
             )
 
+    image_size = _image_size(state_dict, image_size)
     hidden_size, channels, patch_size, _ = _shape(state_dict, "visual.patch_embed.proj.weight", 4)
-    positions = _shape(state_dict, "visual.pos_embed", 3)[1]
-    grid = math.isqrt(positions - 1)
-    if grid * grid != positions - 1:
-        raise ConversionError(f"Key 'visual.pos_embed' has {positions} positions; they must be a square and one.")
-    if image_size is None:
-        image_size = grid * patch_size
-    elif image_size // patch_size != grid:
-        raise ConversionError(
-            f"--image-size is {image_size}; 'visual.pos_embed' has {grid}x{grid} patches of {patch_size} pixels."
-        )
-    if channels != 3:
-        raise ConversionError(f"Key 'visual.patch_embed.proj.weight' has {channels} channels; a picture has 3.")
     vocab_size, text_width = _shape(state_dict, "token_embedding.weight", 2)
     length = _shape(state_dict, "positional_embedding", 2)[0]
-    for what, number, least, most in (
-        ("'token_embedding.weight' has a vocabulary of", vocab_size, 4, MAX_VOCABULARY),
-        ("'positional_embedding' has a number of tokens of", length, 3, MAX_TOKENS),
-        ("'visual.pos_embed' has a number of positions of", positions, 2, MAX_TOKENS),
-        ("The patches make images with a side of", image_size, 1, MAX_SIDE),
-    ):
-        if not least <= number <= most:
-            raise ConversionError(f"{what} {number:,}; it must be from {least} to {most:,}.")
+    _check_size("'token_embedding.weight' has a vocabulary of", vocab_size, 4, MAX_VOCABULARY)
+    _check_size("'positional_embedding' has a number of tokens of", length, 3, MAX_TOKENS)
     projection_dim = _shape(state_dict, "image_projection", 2)[1]
 
     def attention(tower: str, differential: bool, key: str, width: int, given: int | None) -> dict[str, Any]:
