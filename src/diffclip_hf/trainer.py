@@ -224,10 +224,14 @@ class DiffCLIPTrainer(Trainer):
     - Each log has λ of every layer and exp(logit_scale) besides the loss, the learning rate and the gradient's norm.
     - Evaluation is on the embeddings of the whole evaluation set: `eval_loss` over global batches, Recall@1, 5 and 10
       in both directions, and with `zero_shot` the accuracy `eval_zero_shot_accuracy`. `predict` returns the normalised
-      embeddings of texts and images.
+      embeddings of texts and images, or of those alone that the data has. Every row that can be used counts once,
+      whatever the numbers of rows and processes, and rows stay in order; `ImageTextShards` gives its `once` to this.
+    - Collators may drop rows. A batch of which nothing is left in any process changes no weight, and what a pass over
+      data dropped in all processes is logged and judged at its end, in training and evaluation.
     - A dataset with `splits_itself = True`, as `ImageTextShards`, shares its rows out among processes and workers on
-      its own; datasets and collators with `set_epoch` are told the epoch, datasets with `set_position` how many
-      batches of it a resumed run skips, and what they counted is logged and checked at each epoch's end.
+      its own, as one of `split_dataset_by_node` does. Of other streams every process reads all rows and takes its
+      share. Datasets and collators with `set_epoch` are told the epoch, datasets with `set_position` how many batches
+      of it a resumed run skips, and those with `counts` and `check(counts)` are judged.
     - A loss or gradient that isn't finite stops the run before it reaches the weights, which are saved; a checkpoint
       that can't be written is removed; and `resume_from_checkpoint=True` takes the last complete one.
 
@@ -241,7 +245,8 @@ class DiffCLIPTrainer(Trainer):
 
     Raises:
         TypeError: `args` are other training arguments.
-        ValueError: The arguments ask of a contrastive model what it can't do, or of another what only it can.
+        ValueError: The arguments ask of a contrastive model what it can't do, of another what only it can, or what
+            has no effect; and from `train`, `evaluate` and `predict`, where more rows than allowed had to be dropped.
         FloatingPointError: From `train`, where a loss or gradient isn't finite.
         OSError: From `train`, where a checkpoint can't be written.
     """
