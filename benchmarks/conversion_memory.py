@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from memory import memory
 
-from diffclip_hf.machine import describe_machine
+from diffclip_hf.common.machine import describe_machine
 
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "conversion"), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "tests"))
 MIB = 2**20
 LIMIT = 1.3
 
@@ -47,7 +47,7 @@ def write_checkpoint(path: Path, variant: str) -> int:
 
 def run_child(arguments: Sequence[str]) -> int:
     """Convert in this process, and write its memory before and after to stdout."""
-    import convert_original_checkpoint
+    from diffclip_hf.conversion import convert_original_checkpoint
 
     before = memory()
     code = convert_original_checkpoint.main(list(arguments))

@@ -26,12 +26,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
-from diffclip_hf.machine import describe_machine, describe_versions
-from diffclip_hf.training_data import ImageTextCollator, ImageTextShards
+from diffclip_hf.common.machine import describe_machine, describe_versions
+from diffclip_hf.data.sources import ImageTextCollator, ImageTextShards
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "conversion"))
 GOAL = 0.1
 SIZE = (683, 512)
 IMAGES_PER_SHARD = 256
@@ -111,7 +110,7 @@ def training_steps(source: Iterator[dict], model: DiffCLIPModel, count: int) -> 
 
 def measure(images: int, batch_size: int, steps: int, workers: list[int]) -> dict:
     """Return the measurement, with the machine that it was taken on."""
-    from clip_vocabulary import clip_tokenizer, find_merges_file
+    from diffclip_hf.conversion.clip_vocabulary import clip_tokenizer, find_merges_file
 
     torch.manual_seed(0)
     model = DiffCLIPModel(DiffCLIPConfig()).train()

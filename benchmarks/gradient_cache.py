@@ -21,8 +21,8 @@ from memory import memory
 from tqdm import tqdm
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
-from diffclip_hf.gradient_cache import backward_in_chunks
-from diffclip_hf.machine import describe_machine, describe_versions
+from diffclip_hf.common.machine import describe_machine, describe_versions
+from diffclip_hf.training.gradient_cache import backward_in_chunks
 
 
 MIB = 2**20

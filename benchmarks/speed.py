@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
-from diffclip_hf.attention_diffclip import differential_attention_forward
-from diffclip_hf.machine import describe_machine, describe_versions
+from diffclip_hf.common.machine import describe_machine, describe_versions
+from diffclip_hf.model.attention_diffclip import differential_attention_forward
 
 
 logger = logging.getLogger("speed")

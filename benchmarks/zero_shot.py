@@ -20,11 +20,10 @@ import torch
 import transformers
 from PIL import Image
 
-from diffclip_hf.machine import describe_machine, describe_versions
+from diffclip_hf.common.machine import describe_machine, describe_versions
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "conversion"))
 GOAL = 30
 LARGEST_DIFFERENCE = 1e-4
 
@@ -37,7 +36,6 @@ def make_images(count: int) -> list[Image.Image]:
 
 def measure(image_count: int, label_count: int, pipeline_images: int, runs: int) -> dict:
     """Return the measurement, with the machine that it was taken on."""
-    from clip_vocabulary import clip_tokenizer, find_merges_file
     from torchvision.models import ResNet18_Weights
 
     from diffclip_hf import (
@@ -47,6 +45,7 @@ def measure(image_count: int, label_count: int, pipeline_images: int, runs: int)
         DiffCLIPProcessor,
         ZeroShotClassifier,
     )
+    from diffclip_hf.conversion.clip_vocabulary import clip_tokenizer, find_merges_file
 
     torch.manual_seed(0)
     model = DiffCLIPModel(DiffCLIPConfig()).eval()

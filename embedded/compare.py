@@ -27,9 +27,9 @@ from train import VARIANTS, EmojiCollator, build_model, make_processor, make_tok
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
-from diffclip_hf.loss_diffclip import symmetric_cross_entropy
-from diffclip_hf.machine import describe_machine, describe_versions
-from diffclip_hf.whole_files import write_text_whole
+from diffclip_hf.common.machine import describe_machine, describe_versions
+from diffclip_hf.common.whole_files import write_text_whole
+from diffclip_hf.model.loss_diffclip import symmetric_cross_entropy
 
 
 matplotlib.use("Agg")

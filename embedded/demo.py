@@ -16,9 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
+from diffclip_hf.common.whole_files import write_whole
+
 # Importing from the package also registers the model with the pipeline.
-from diffclip_hf.image_processing_pil_diffclip import to_rgb
-from diffclip_hf.whole_files import write_whole
+from diffclip_hf.model.image_reading_diffclip import to_rgb
 
 
 logger = logging.getLogger("demo")

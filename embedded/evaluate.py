@@ -14,8 +14,8 @@ from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
 from PIL import Image
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
-from diffclip_hf.loading import load_model, load_processor
-from diffclip_hf.whole_files import write_text_whole
+from diffclip_hf.common.loading import load_model, load_processor
+from diffclip_hf.common.whole_files import write_text_whole
 
 
 LABEL_SETS = (20, 100)

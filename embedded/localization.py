@@ -24,9 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
-from diffclip_hf.loading import load_model, load_processor
+from diffclip_hf.common.loading import load_model, load_processor
+from diffclip_hf.common.whole_files import write_text_whole
 from diffclip_hf.visualization import class_attention, image_relevance
-from diffclip_hf.whole_files import write_text_whole
 
 
 # Layout → each drawing's side as a share of the model's image size. On "small" pictures, of the model's own size,

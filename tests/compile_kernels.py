@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from diffclip_hf import kernels_diffclip
+from diffclip_hf.model import kernels_diffclip
 
 
 # Of a GeForce card of compute capability 8.6, 8.9 or 12.0, the smallest among those with bfloat16.

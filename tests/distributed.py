@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 TIMEOUT = 3600  # seconds, after which processes that wait for each other for ever are ended
 # Imported once, for all processes that are forked from there.
-multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "diffclip_hf.trainer"])
+multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "diffclip_hf.training.trainer"])
 
 
 def _process(rank: int, function: Callable, world_size: int, folder: Path, arguments: tuple) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from convert_original_checkpoint import convert_state_dict, infer_config, load_state_dict
 from safetensors import safe_open
 
 from diffclip_hf import DiffCLIPModel
+from diffclip_hf.conversion.convert_original_checkpoint import convert_state_dict, infer_config, load_state_dict
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

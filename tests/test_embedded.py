@@ -18,7 +18,7 @@ from diffclip_hf import (
     DiffCLIPVisionModel,
     DiffCLIPVisionModelWithProjection,
 )
-from diffclip_hf.remote_code import CODE_FILES
+from diffclip_hf.common.remote_code import CODE_FILES
 
 
 ROOT = Path(__file__).parent.parent

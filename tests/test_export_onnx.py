@@ -17,7 +17,7 @@ from tolerances import ONNX_AGAINST_PYTORCH, PADDING, PARITY_WITH_ORIGINAL, rela
 from transformers import AutoProcessor
 
 from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, export_onnx
-from diffclip_hf.remote_code import CODE_FILES
+from diffclip_hf.common.remote_code import CODE_FILES
 
 
 NAMES = ("vision_model", "text_model")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import WRITER, HubServer
-from original_checkpoint import load_state_dict
 from parity_models import FIXTURES
 from released_checkpoint import IMPORTS, imports_of, save_released
+
+from diffclip_hf.conversion.original_checkpoint import load_state_dict
 
 
 ROOT = Path(__file__).parent.parent

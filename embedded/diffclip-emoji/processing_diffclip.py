@@ -12,13 +12,12 @@ from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, PreTrainedT
 from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy
 
-from .image_reading import NoFileError
+from .image_reading_diffclip import NoFileError
 
 
 if TYPE_CHECKING:
     # Makes Transformers copy the image processors beside this file when it saves a processor with its code.
-    from .image_processing_diffclip import DiffCLIPImageProcessor
-    from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
+    from .image_processing_diffclip import DiffCLIPImageProcessor, DiffCLIPImageProcessorPil
 
 # CLIP's; the two tokens of start and end are among them.
 CONTEXT_LENGTH = 77

@@ -13,11 +13,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .attention_diffclip import differential_attention_map
-from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
-from .image_processing_diffclip import DiffCLIPImageProcessor
-from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
-from .modeling_diffclip import (
+from .common.remote_code import add_remote_code
+from .model.attention_diffclip import differential_attention_map
+from .model.configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .model.image_processing_diffclip import DiffCLIPImageProcessor, DiffCLIPImageProcessorPil
+from .model.modeling_diffclip import (
     DiffCLIPForImageClassification,
     DiffCLIPModel,
     DiffCLIPPreTrainedModel,
@@ -26,8 +26,7 @@ from .modeling_diffclip import (
     DiffCLIPVisionModel,
     DiffCLIPVisionModelWithProjection,
 )
-from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
-from .remote_code import add_remote_code
+from .model.processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
 from .version import __version__
 from .zero_shot import ZeroShotClassifier
 from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL

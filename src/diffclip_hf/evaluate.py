@@ -20,10 +20,14 @@ from typing import Any
 
 import torch
 
-from .commands import CommandParser, require_extra, run_command
-from .evaluation_cache import DEFAULT_FOLDER, EmbeddingCache
-from .evaluation_model import Encoder, check_batches
-from .evaluation_presets import (
+from .common.commands import CommandParser, require_extra, run_command
+from .common.machine import describe_machine, describe_versions
+from .common.whole_files import check_output_file, write_text_whole
+from .data.label_names import read_label_names
+from .evaluation.cache import DEFAULT_FOLDER, EmbeddingCache
+from .evaluation.encoder import Encoder, check_batches
+from .evaluation.report import markdown_table, mean_metrics
+from .evaluation.specs import (
     METRICS,
     TASKS,
     TEMPLATE_SETS,
@@ -33,11 +37,7 @@ from .evaluation_presets import (
     read_preset,
     template_texts,
 )
-from .evaluation_report import markdown_table, mean_metrics
-from .evaluation_tasks import EPISODE_OPTIONS, RUN_TASK, TaskOptions
-from .label_names import read_label_names
-from .machine import describe_machine, describe_versions
-from .whole_files import check_output_file, write_text_whole
+from .evaluation.tasks import EPISODE_OPTIONS, RUN_TASK, TaskOptions
 
 
 logger = logging.getLogger(__name__)

@@ -34,14 +34,14 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from .commands import CommandParser, require_extra, run_command
-from .configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
-from .loading import check_tokenizer, load_tokenizer
-from .loading import load_model as load_whole_model
-from .machine import describe_machine, describe_versions
-from .modeling_diffclip import DiffCLIPModel
-from .remote_code import add_remote_code
-from .whole_files import written_whole
+from .common.commands import CommandParser, require_extra, run_command
+from .common.loading import check_tokenizer, load_tokenizer
+from .common.loading import load_model as load_whole_model
+from .common.machine import describe_machine, describe_versions
+from .common.remote_code import add_remote_code
+from .common.whole_files import written_whole
+from .model.configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .model.modeling_diffclip import DiffCLIPModel
 
 
 logger = logging.getLogger("export_onnx")

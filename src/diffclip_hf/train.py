@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .commands import run_command, stop_without_extra
-from .configuration_diffclip import DiffCLIPConfig
-from .image_processing_pil_diffclip import DiffCLIPImageProcessorPil
-from .label_names import check_seen, match_labels, renumbered
-from .loading import check_path, check_tokenizer, load_config, load_model, load_processor, load_tokenizer
-from .modeling_diffclip import DiffCLIPForImageClassification, DiffCLIPModel
-from .processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
-from .whole_files import check_output_file
+from .common.commands import run_command, stop_without_extra
+from .common.loading import check_path, check_tokenizer, load_config, load_model, load_processor, load_tokenizer
+from .common.whole_files import check_output_file
+from .data.label_names import check_seen, match_labels, renumbered
+from .model.configuration_diffclip import DiffCLIPConfig
+from .model.image_processing_diffclip import DiffCLIPImageProcessorPil
+from .model.modeling_diffclip import DiffCLIPForImageClassification, DiffCLIPModel
+from .model.processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
 from .zero_shot import label_texts
 
 
@@ -36,15 +36,14 @@ try:
     import accelerate  # noqa: F401
     from transformers import set_seed
 
-    from .checkpoints import last_checkpoint
-    from .trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
-    from .training_data import (
+    from .data.sources import (
         ImageLabelCollator,
         ImageTextCollator,
         load_image_label_dataset,
         load_image_text_dataset,
     )
-    from .training_options import (
+    from .training.checkpoints import last_checkpoint
+    from .training.options import (
         CONTRASTIVE,
         DataArguments,
         ModelArguments,
@@ -52,6 +51,7 @@ try:
         parse_arguments,
         zero_shot_templates,
     )
+    from .training.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
 except ModuleNotFoundError as error:
     stop_without_extra(error, "training", __name__)
 

@@ -21,11 +21,11 @@ from PIL import Image
 from torch.nn.functional import normalize, one_hot
 from transformers import PreTrainedModel
 
-from .attention_diffclip import differential_attention_map
-from .commands import require_extra
-from .inputs_diffclip import check_input_ids, check_pixel_values, check_text_companion
-from .modeling_diffclip import DiffCLIPPreTrainedModel
-from .offloading_diffclip import check_has_weights, check_passes_gradients, execution_device, logit_scale_factor
+from .common.commands import require_extra
+from .model.attention_diffclip import differential_attention_map
+from .model.inputs_diffclip import check_input_ids, check_pixel_values, check_text_companion
+from .model.modeling_diffclip import DiffCLIPPreTrainedModel
+from .model.offloading_diffclip import check_has_weights, check_passes_gradients, execution_device, logit_scale_factor
 
 
 if TYPE_CHECKING:

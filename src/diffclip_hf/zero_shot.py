@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from .image_reading import read_image
-from .offloading_diffclip import check_has_weights, execution_device, logit_scale_factor
-from .processing_diffclip import check_text
+from .model.image_reading_diffclip import read_image
+from .model.offloading_diffclip import check_has_weights, execution_device, logit_scale_factor
+from .model.processing_diffclip import check_text
 
 
 # What a folder's pictures are called, in lower case.

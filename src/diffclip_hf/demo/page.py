@@ -1,0 +1,357 @@
+"""A page in the browser to try models on: a picture, labels, their scores, and where the model looks for each.
+
+    python -m diffclip_hf.demo MODEL [MODEL ...] [--examples FOLDER] [--host 0.0.0.0] [--port 7860] [--device cuda]
+    python -m diffclip_hf.demo MODEL [MODEL ...] --write-space DIR [--examples FOLDER]
+
+MODEL is a folder or an id on the Hub, of a DiffCLIP or of Transformers' CLIP. The page fetches nothing from elsewhere,
+and nothing is reported to anyone. It reads pictures that were uploaded to it and no others, and deletes them after an
+hour, or when it stops. Where it listens on loopback, it answers requests for localhost alone; --allowed-host NAME lets
+another name in, such as a proxy's.
+
+--write-space writes a Hugging Face Space: this file as `app.py`, the package, `requirements.txt` and a `README.md`.
+Started without MODEL, as a Space starts it, the file takes the models from `models` in the front matter of the
+`README.md` beside it, where a name is the folder of that name beside it, or else an id on the Hub; to change a Space's
+models, change that list. Pictures in a folder `examples` beside it are offered as examples.
+
+Of a model's folder a Space gets the configuration, the weights as safetensors and the processor, and nothing else;
+links are refused. Examples are written anew, without what a camera noted in them, such as the place.
+"""
+
+import argparse
+import contextlib
+import html
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import metadata_load
+
+# By the package's name rather than relatively, since as a Space's `app.py` this file lies outside the package.
+from diffclip_hf.common.commands import CommandParser, require_extra, run_command, stop_without_extra
+
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    stop_without_extra(error, "demo", __name__)
+from starlette.middleware import Middleware
+
+from diffclip_hf.common.loading import check_device, find_source, load_config
+from diffclip_hf.common.whole_files import check_output_folder
+from diffclip_hf.demo.guard import MAX_AGE, MAX_MEGABYTES, Guard, host_names, private_store, sweeping, uploaded_file
+from diffclip_hf.demo.scores import MAX_LABELS, classify, draw_overlay, load_pair
+from diffclip_hf.demo.space import EXAMPLES, prepare_examples, write_space
+from diffclip_hf.zero_shot import image_files
+
+
+logger = logging.getLogger("diffclip_hf.demo")
+HERE = Path(__file__).resolve().parent
+SHOWN_BARS, MAX_EXAMPLES = 10, 12
+# Of requests in the queue, and of results that are kept for who asked, a megabyte each.
+MAX_WAITING, MAX_SESSIONS = 32, 200
+TEMPLATES = ("{}", "a photo of a {}.", "This is a photo of {}.")
+TEMPLATE_INFO = (
+    "{} stands for the label. {} alone takes labels as written: right for whole captions, and for models trained on "
+    "names, such as the small emoji model. The released models were trained on captions: try “a photo of a {}.”"
+)
+# Small pictures are enlarged.
+STYLE = "#picture img, #overlay img { width: 100%; height: 100%; object-fit: contain; }"
+INTRODUCTION = """\
+# DiffCLIP in the browser
+Give a picture and some labels. The model says which label fits best, and where in the picture it looks for each.
+DiffCLIP is CLIP with differential attention ([paper](https://arxiv.org/abs/2503.06626)).
+"""
+LEGEND = """\
+Scores are shares among the labels given. Click a bar, or choose a label, to see which parts of the picture raise its
+score, the darker the more ([method](https://arxiv.org/abs/2103.15679)). Only the middle square, which the model sees,
+is shown; each label's colours are on a scale of their own.
+"""
+
+
+def build_page(
+    models: Mapping[str, str], store: Path, device: str | torch.device = "cpu", examples: Sequence[Path] = ()
+) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        models: What each model is called on the page → its folder or its id on the Hub.
+        store: The folder that `private_store` gives, in whose context this is called.
+        device: Where the models run.
+        examples: Pictures to choose from, in the store.
+    """
+
+    def on_classify(upload, labels, template, shown):
+        inputs = (upload, labels, template, shown)
+        try:
+            path = None if upload is None else str(uploaded_file(dict(upload).get("path"), store))
+            if not all(isinstance(text, str) for text in (labels or "", template or "", shown)):
+                raise ValueError("Labels, template and model must be texts.")
+            if shown not in models:
+                raise ValueError(f"There is no model {shown!r:.200}; choose one of {', '.join(models)}.")
+            classified = classify(path, labels or "", template, models[shown], device)
+            best = next(iter(classified.scores))
+            drawn = draw_overlay(classified, best, device)
+        except (ValueError, TypeError, OSError) as error:
+            # Gradio shows HTML.
+            text = html.escape(str(error), quote=False)
+            raise gr.Error(text, title="That can't be classified", print_exception=False) from error
+        if classified.cut:
+            cut = html.escape(", ".join(classified.cut), quote=False)
+            gr.Warning(f"Longer than the model's texts, and cut: {cut}.", title="Labels cut")
+        return (inputs, classified), classified.scores, gr.Dropdown(list(classified.scores), value=best), drawn
+
+    def on_choose(result, label):
+        known = result and isinstance(label, str) and label in result[1].scores
+        return draw_overlay(result[1], label, device) if known else None
+
+    def on_bar(result, selected: gr.SelectData):
+        return selected.value, on_choose(result, selected.value)
+
+    def on_example(number):
+        if not isinstance(number, int) or not 0 <= number < len(examples):
+            raise gr.Error("There is no such example.", print_exception=False)
+        return str(examples[number])
+
+    def after_result(result, *inputs):
+        if result and result[0] == inputs:
+            return [gr.skip()] * 4
+        return None, None, gr.Dropdown([], value=None), None
+
+    def on_change(result, *inputs):
+        # Without a result there's nothing to take away, and one may be under way.
+        return after_result(result, *inputs) if result else [gr.skip()] * 4
+
+    with gr.Blocks(title="DiffCLIP", analytics_enabled=False) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(
+                    label=f"Picture, up to {MAX_MEGABYTES} MB",
+                    sources=["upload", "clipboard"],
+                    height=260,
+                    elem_id="picture",
+                )
+                labels = gr.Textbox(
+                    label="Labels",
+                    info=f"Separated by commas or lines, up to {MAX_LABELS}.",
+                    placeholder="pizza, rocket, dog face",
+                    lines=2,
+                    elem_id="labels",
+                )
+                template = gr.Dropdown(
+                    list(TEMPLATES),
+                    value=TEMPLATES[0],
+                    allow_custom_value=True,
+                    label="Template",
+                    info=TEMPLATE_INFO,
+                    elem_id="template",
+                )
+                model = gr.Dropdown(list(models), label="Model", elem_id="model")
+                run = gr.Button("Classify", variant="primary", elem_id="classify")
+                if examples:
+                    # Not Gradio's own `Examples`, whose clicks pass the queue by.
+                    offered = gr.Dataset(
+                        label="Examples",
+                        components=[picture],
+                        samples=[[str(path)] for path in examples],
+                        type="index",
+                        elem_id="examples",
+                    )
+            with gr.Column():
+                bars = gr.Label(label="Scores", num_top_classes=SHOWN_BARS, show_heading=False, elem_id="scores")
+                chosen = gr.Dropdown(
+                    [], label="Where the model looks for this label", interactive=True, elem_id="chosen"
+                )
+                drawn = gr.Image(
+                    label="Relevance",
+                    format="png",
+                    height=420,
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="overlay",
+                )
+                gr.Markdown(LEGEND)
+        # What was classified, and the result; of the session, on the server.
+        state = gr.State(time_to_live=MAX_AGE)
+        inputs, outputs = [picture, labels, template, model], [state, bars, chosen, drawn]
+        # One at a time, for a model is loaded once and takes all cores.
+        slow: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        # Beside those, yet in the queue too: there is no other way in.
+        quick: dict[str, Any] = {
+            "concurrency_id": "quick",
+            "concurrency_limit": 8,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
+        asked = [
+            run.click(on_classify, inputs, outputs, preprocess=False, api_name="classify", **slow),
+            chosen.input(on_choose, [state, chosen], drawn, trigger_mode="always_last", api_name="overlay", **slow),
+            bars.select(on_bar, state, [chosen, drawn], api_visibility="private", **slow),
+        ]
+        # A result of other inputs than those beside it goes, whether they change after it came or before.
+        for event in asked:
+            event.then(after_result, [state, *inputs], outputs, preprocess=False, **quick)
+        changes = [picture.change, labels.change, template.change, model.change]
+        gr.on(changes, on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
+        if examples:
+            offered.click(on_example, offered, picture, **quick)
+    return page
+
+
+def check_host(host: str) -> None:
+    """Raise an OSError for an address at which this machine can't listen; Gradio would try port by port."""
+    bare = host.strip("[]")
+    try:
+        with socket.create_server((bare, 0), family=socket.AF_INET6 if ":" in bare else socket.AF_INET):
+            pass
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"--host is {host!r}, at which this machine can't listen: {error}") from error
+
+
+def open_server(
+    page: gr.Blocks, store: Path, hosts: frozenset[str] | None, host: str = "127.0.0.1", port: int | None = None
+) -> str:
+    """Begin to serve a page, until `page.close()`, and return its address.
+
+    Args:
+        page: What `build_page` returned, with the same store.
+        store: The folder that `private_store` gives.
+        hosts: The names that requests may be for, as `host_names` gives them, or None for any.
+        host: The address to listen at.
+        port: By the environment, or else the first free one from 7860.
+
+    Raises:
+        OSError: The port is taken, or none is free.
+    """
+    guard = Middleware(Guard, store=store, hosts=hosts)
+    page.queue(max_size=MAX_WAITING, api_open=False)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        share=False,
+        # What else Gradio would open, some of it by the environment.
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        num_workers=0,
+        enable_monitoring=False,
+        run_history=False,
+        # Errors that are not for the person at the page stay on the log.
+        show_error=False,
+        state_session_capacity=MAX_SESSIONS,
+        max_file_size=f"{MAX_MEGABYTES}mb",
+        footer_links=[],
+        css=STYLE,
+        # Fonts of the system, so that none is fetched.
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [guard], "lifespan": sweeping(store)},
+    )
+    return address
+
+
+def models_beside() -> list[str]:
+    """Return the models that the `README.md` beside this file lists, which are folders beside it or ids on the Hub."""
+    readme = HERE / "README.md"
+    listed = (metadata_load(readme) or {}).get("models", []) if readme.is_file() else []
+    return [str(HERE / name) if (HERE / name).is_dir() else name for name in listed]
+
+
+def named_models(names: Sequence[str]) -> dict[str, str]:
+    """Return what each model is called on the page, a folder by its last part, and where it is.
+
+    Raises:
+        ValueError: There's none, one isn't a model, or two would be called the same.
+    """
+    if not names:
+        raise ValueError("MODEL is missing; name folders or ids on the Hub.")
+    models: dict[str, str] = {}
+    for name in names:
+        source = find_source(name)
+        load_config(source)
+        shown = Path(source).resolve().name if Path(source).is_dir() else source
+        if shown in models:
+            raise ValueError(f"MODEL is {name!r}, but another is called {shown!r} too; rename one of the folders.")
+        models[shown] = source
+    return models
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = CommandParser(
+        prog="python -m diffclip_hf.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="a folder or an id on the Hub")
+    parser.add_argument(
+        "--examples", metavar="FOLDER", type=Path, help=f"up to {MAX_EXAMPLES} pictures to choose from"
+    )
+    parser.add_argument("--host", help="the address to listen at; 127.0.0.1, if the environment says nothing else")
+    parser.add_argument("--port", type=int, help="the first free one from 7860, if the environment says nothing else")
+    parser.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name that requests may be for, such as a proxy's; may be given again",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
+    parser.add_argument("--write-space", metavar="DIR", type=Path, help="write a Hugging Face Space and stop")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write a Space or serve the page, as the command line says.
+
+    Raises:
+        ValueError, OSError, ImportError: An option doesn't fit, or a model can't be used.
+    """
+    require_extra("plotting", "matplotlib")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise ValueError(f"--port is {args.port}; it must be from 1 to 65535.")
+    host = args.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    hosts = host_names(host, args.allowed_host)
+    if args.write_space is not None:
+        check_output_folder(args.write_space)
+    else:
+        check_host(host)
+    device = check_device(args.device)
+    models = named_models(args.models or models_beside())
+    folder = HERE / EXAMPLES if args.examples is None and (HERE / EXAMPLES).is_dir() else args.examples
+    examples = [] if folder is None else image_files(folder)[:MAX_EXAMPLES]
+    if args.write_space is not None:
+        # What a Space loads from the Hub needn't be here.
+        for name in models.values():
+            if Path(name).is_dir():
+                load_pair(name, "cpu")
+        write_space(args.write_space, Path(__file__), models, examples)
+        return
+    for name in models.values():
+        load_pair(name, device)
+    # So that a process that is told to end leaves no pictures behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), private_store() as store:
+        page = build_page(models, store, device, prepare_examples(examples, store / EXAMPLES))
+        open_server(page, store, hosts, host, args.port)
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 1, with the reason on the log, where an option doesn't fit."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: run(args), logger)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

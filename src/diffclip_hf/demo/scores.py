@@ -1,0 +1,165 @@
+"""What the demo's page shows: a picture's scores for labels, and where the model looks for one of them.
+
+Errors are for the person at the page, and say what to do.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..common.loading import load_model, load_processor
+from ..model.image_reading_diffclip import read_image
+from ..visualization import check_model, image_relevance, overlay, shown_images
+from ..zero_shot import ZeroShotClassifier
+
+
+MAX_LABELS = 100
+MAX_LABEL_CHARACTERS, MAX_TEMPLATE_CHARACTERS = 10_000, 200
+# An overlay is about this wide, in pixels.
+OVERLAY_WIDTH = 480
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A picture's scores, and what an overlay needs.
+
+    Attributes:
+        model: The model's name.
+        scores: Label → score in 0..1, the best first.
+        template: What was filled with the labels.
+        pixel_values: What the model saw, (1, 3, height, width).
+        picture: The same part of the picture, larger, uint8, (height, width, 3).
+        cut: The labels whose texts were longer than the model takes, and were cut.
+    """
+
+    model: str
+    scores: dict[str, float]
+    template: str
+    pixel_values: torch.Tensor
+    picture: np.ndarray
+    cut: tuple[str, ...]
+
+
+@functools.cache
+def load_pair(name: str, device: str | torch.device) -> tuple[Any, Any]:
+    """Return a model, float32, under `eager`, and its processor; each is loaded once.
+
+    Raises:
+        ValueError: There's no such model, it isn't a DiffCLIP or CLIP, or a part is missing or another model's.
+    """
+    model = load_model(name, dtype=torch.float32, attn_implementation="eager").to(device)
+    check_model(model)
+    return model, load_processor(name, model.config)
+
+
+def read_picture(path: str | None) -> Image.Image:
+    """Read a file as `read_image` does: upright, 8-bit RGB, with what is transparent over white.
+
+    Raises:
+        ValueError: There's no file, it isn't a picture or a damaged one, or its size isn't allowed.
+        OSError: The file can't be read.
+    """
+    if path is None:
+        raise ValueError("There is no picture yet: drop one on the field, or choose an example.")
+    try:
+        # As bytes, so that an error doesn't say where they lie.
+        return read_image(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(str(error).replace("What is given as bytes", "The picture")) from error
+
+
+def check_text(text: str, what: str, most: int) -> None:
+    """Raise a ValueError for a text that is too long or holds half a character."""
+    if len(text) > most:
+        raise ValueError(f"The {what} has {len(text):,} characters; there may be up to {most:,}.")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"The {what} has half a character, such as of an emoji that was cut in two; write it anew.")
+
+
+def parse_labels(text: str) -> list[str]:
+    """Split labels at commas and lines; spaces around them, empty ones and repetitions are dropped.
+
+    Raises:
+        ValueError: There's none, there are too many, or `check_text` refuses them.
+    """
+    check_text(text, "list of labels", MAX_LABEL_CHARACTERS)
+    labels = list(dict.fromkeys(label for part in re.split(r"[,\n]", text) if (label := " ".join(part.split()))))
+    if not labels:
+        raise ValueError("There are no labels yet: write some, separated by commas or lines.")
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"There are {len(labels)} labels; there may be up to {MAX_LABELS}.")
+    return labels
+
+
+def check_template(template: str | None) -> str:
+    """Return a template, `{}` where there's none.
+
+    Raises:
+        ValueError: It has no `{}` or other braces, which could fill any amount of memory, or is too long.
+    """
+    template = (template or "").strip() or "{}"
+    check_text(template, "template", MAX_TEMPLATE_CHARACTERS)
+    if "{}" not in template or re.search("[{}]", template.replace("{}", "")):
+        raise ValueError(
+            f"The template is {template!r:.200}; it must have {{}} where the label belongs, and no braces else."
+        )
+    return template
+
+
+def enlarged_view(image: Image.Image, image_processor: Any) -> np.ndarray:
+    """Return the part of an image that the model sees, larger by a whole number, uint8, (height, width, 3)."""
+    sizes = {"size": dict(image_processor.size)}
+    if getattr(image_processor, "do_center_crop", False):
+        sizes["crop_size"] = dict(image_processor.crop_size)
+    factor = max(1, round(OVERLAY_WIDTH / min(min(size.values()) for size in sizes.values())))
+    scaled = {name: {side: factor * length for side, length in size.items()} for name, size in sizes.items()}
+    return shown_images(image_processor([image], return_tensors="pt", **scaled)["pixel_values"], image_processor)[0]
+
+
+def classify(
+    path: str | None, labels: str, template: str | None, name: str, device: str | torch.device = "cpu"
+) -> Classified:
+    """Score labels for a picture, as `ZeroShotClassifier` does.
+
+    Args:
+        path: The picture's file.
+        labels: Separated by commas or lines.
+        template: With `{}` where the label belongs.
+        name: A folder or an id on the Hub.
+        device: Where the model runs.
+
+    Raises:
+        ValueError: An input can't be used; the message is for the person who gave it.
+        OSError: The file can't be read.
+    """
+    image, found, template = read_picture(path), parse_labels(labels), check_template(template)
+    model, processor = load_pair(name, device)
+    tokenizer = processor.tokenizer
+    lengths = [len(tokenizer(template.format(label), verbose=False)["input_ids"]) for label in found]
+    cut = tuple(label for label, length in zip(found, lengths, strict=True) if length > tokenizer.model_max_length)
+    result = ZeroShotClassifier(model, processor, found, template, progress_bar=False)(image)
+    return Classified(
+        model=name,
+        scores={entry["label"]: entry["score"] for entry in result},
+        template=template,
+        pixel_values=processor.image_processor([image], return_tensors="pt")["pixel_values"],
+        picture=enlarged_view(image, processor.image_processor),
+        cut=cut,
+    )
+
+
+def draw_overlay(classified: Classified, label: str, device: str | torch.device = "cpu") -> np.ndarray:
+    """Return the picture with what speaks for a label coloured, uint8, (height, width, 3); see `image_relevance`."""
+    model, processor = load_pair(classified.model, device)
+    tokens = processor.tokenizer([classified.template.format(label)], truncation=True, return_tensors="pt")
+    relevance = image_relevance(model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
+    return overlay(classified.picture, relevance[0, 0])
+
+
+__all__ = ["Classified", "check_template", "classify", "draw_overlay", "load_pair", "parse_labels", "read_picture"]

@@ -1,0 +1,295 @@
+"""Embeddings of any of Transformers' CLIP-like models, DiffCLIP's among them, in one way for all."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from ..common.loading import check_device, load_model, load_processor
+from ..model.image_reading_diffclip import read_encoded, read_image
+from ..model.offloading_diffclip import check_has_weights, execution_device
+from ..model.processing_diffclip import check_text
+from ..zero_shot import BATCH_SIZE, CPU_BATCH_SIZE
+from .cache import EmbeddingCache
+from .keys import (
+    UnknownContentError,
+    describe,
+    describe_model,
+    describe_run,
+    image_digest,
+    model_fingerprint,
+)
+
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.get_logger(__name__)
+TEXT_BATCH_SIZE = 128
+# Trained on texts of full length without a mask, so that their padding counts.
+FULL_LENGTH_MODELS = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
+
+
+def check_clip_like(model: PreTrainedModel) -> None:
+    """Raise a ValueError unless the model gives embeddings of images and of texts."""
+    if missing := [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]:
+        raise ValueError(f"The model is a {type(model).__name__}, which has no {' and no '.join(missing)}.")
+
+
+def text_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return how a model's texts are tokenized: cut to the model's length, and padded as it was trained."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    padding = "max_length" if model.config.model_type in FULL_LENGTH_MODELS else "longest"
+    return {
+        "padding": padding,
+        "truncation": True,
+        "max_length": min(length for length in (tokenizer.model_max_length, longest) if length is not None),
+        "return_tensors": "pt",
+    }
+
+
+class _Images(Dataset):
+    """A data set's images, decoded, and made of one size in batches; one that can't be read is an error's text."""
+
+    def __init__(self, dataset: "datasets.Dataset", image_processor: Any):
+        self.dataset, self.image_processor = dataset, image_processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, bytes] | str:
+        image = self.dataset[index]["image"]
+        try:
+            content = read_encoded(image)
+            return read_image(content), hashlib.sha256(content).digest()
+        # A worker's own errors come with its traceback as a text.
+        except ValueError as error:
+            path = f" ({image['path']})" if image and image["path"] else ""
+            return f"{index}{path} can't be read: {error}"
+
+    def collate(self, found: list[tuple[Image.Image, bytes] | str]) -> tuple[torch.Tensor, list[bytes]] | str:
+        """Return a batch's pixel values, and the digest of each image's file; or an error's text."""
+        for one in found:
+            if isinstance(one, str):
+                return one
+        images, digests = zip(*found, strict=True)
+        return self.image_processor(images=list(images), return_tensors="pt")["pixel_values"], list(digests)
+
+
+def check_batches(batch_size: int | None, num_workers: int) -> None:
+    """Raise a ValueError where a number is too small; a batch size of None is a default."""
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+class Encoder:
+    """A model with its processor, which embeds images and texts, each once, and keeps the embeddings.
+
+    Args:
+        model: Any of Transformers' with `get_image_features` and `get_text_features`, whose outputs have a
+            `pooler_output`: `DiffCLIPModel`, `CLIPModel`, `SiglipModel`. It's put into evaluation mode.
+        processor: With an `image_processor` and a `tokenizer`.
+        cache: Where embeddings are kept.
+        batch_size: Images at once; by default 8 on a CPU, else 64.
+        num_workers: Processes that read images, 0 to read them in this one.
+
+    Raises:
+        ValueError: The model or the processor lacks a part or weights, or a number is too small.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        *,
+        cache: EmbeddingCache | None = None,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+    ):
+        check_clip_like(model)
+        check_has_weights(model)
+        if missing := [name for name in ("image_processor", "tokenizer") if not hasattr(processor, name)]:
+            raise ValueError(
+                f"The processor is a {type(processor).__name__}, which has no {' and no '.join(missing)}."
+            )
+        check_batches(batch_size, num_workers)
+        if batch_size is None:
+            batch_size = CPU_BATCH_SIZE if execution_device(model).type == "cpu" else BATCH_SIZE
+        # Transformers' types know nothing of what a model class has of its own.
+        self.model: Any = model.eval()
+        self.processor: Any = processor
+        self.cache = EmbeddingCache(None) if cache is None else cache
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> "Encoder":
+        """Load a model and its processor.
+
+        Args:
+            name: A folder or an id on the Hub.
+            revision: Of the Hub.
+            device: Where it runs.
+            dtype: As in `from_pretrained`.
+            attn_implementation: Likewise.
+            kwargs: As in the class.
+
+        Raises:
+            ValueError: As `load_model`, `load_processor` and `check_device` raise, or the class.
+        """
+        found = check_device(device)
+        options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model = load_model(name, revision=revision, dtype=dtype, **options)
+        return cls(model.to(found), load_processor(name, model.config, revision=revision), **kwargs)
+
+    def weights(self) -> str | None:
+        """Return the SHA-256 of the weights and the configuration, None where they can't be read as plain values."""
+        try:
+            return model_fingerprint(self.model)
+        except UnknownContentError:
+            return None
+
+    def _key(self, **parts: Any) -> dict[str, Any] | None:
+        """Return what embeddings depend on: the model as it is now, how it runs, and `parts`.
+
+        None where nothing is kept, or a part can't be known by its content.
+        """
+        if self.cache.folder is None:
+            return None
+        try:
+            return {
+                "weights": model_fingerprint(self.model),
+                "model": describe_model(self.model),
+                "dtype": str(self.model.dtype),
+                "run": describe_run(execution_device(self.model)),
+                **{name: describe(part) for name, part in parts.items()},
+            }
+        except UnknownContentError as error:
+            logger.warning_once(f"Embeddings aren't kept, for it can't be known what they depend on: {error}.")
+            return None
+
+    def image_embeds(
+        self, dataset: "datasets.Dataset", split: str, pooled: bool = False, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return a data set's image embeddings, float32, (rows, width), on the CPU.
+
+        Args:
+            dataset: With a column `image`, not decoded, as `load_image_label_dataset` returns it.
+            split: What the part is called.
+            pooled: Whether to return the image tower's pooled output, before the projection and as it is, rather than
+                the projection, L2-normalised.
+            rows: What each row's number is in errors, if not its index.
+
+        Raises:
+            ValueError: An image can't be read, or there is no image tower of its own.
+        """
+        if pooled and not hasattr(self.model, "vision_model"):
+            raise ValueError(f"The model is a {type(self.model).__name__}, which has no vision_model.")
+        self.model.eval()
+        image_processor = self.processor.image_processor
+        key = self._key(
+            kind="pooled" if pooled else "projected",
+            preprocessing=[image_processor.to_dict(), image_processor],
+        )
+
+        def row_of(index: int) -> int:
+            return index if rows is None else rows[index]
+
+        if key is None:
+            return self._encode_images(dataset, split, pooled, row_of)[0]
+        images = self._images_digest(dataset, split, row_of)
+
+        def compute() -> torch.Tensor:
+            embeds, read = self._encode_images(dataset, split, pooled, row_of)
+            if read != images:
+                raise ValueError(f"Pictures of the split {split} changed while they were read; measure again.")
+            return embeds
+
+        return self.cache.get("images", {**key, "images": images}, len(dataset), compute)
+
+    def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the texts' embeddings, L2-normalised, float32, (texts, width), on the CPU.
+
+        Raises:
+            ValueError: A text has half of a character.
+        """
+        for text in texts:
+            check_text(text)
+        self.model.eval()
+        batches = self._tokenize(texts)
+        # Whatever the tokenizer is, its tokens are what the model sees.
+        key = self._key(tokens=[dict(batch) for batch in batches])
+        if key is None:
+            return self._encode_texts(batches, len(texts))
+        return self.cache.get("texts", key, len(texts), lambda: self._encode_texts(batches, len(texts)))
+
+    def _images_digest(self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int]) -> str:
+        """Return the SHA-256 of every image's file, in the order of the rows."""
+        digest = hashlib.sha256()
+        with logging.tqdm(total=len(dataset), desc="Files", unit="file") as bar:
+            for index, image in enumerate(dataset["image"]):
+                try:
+                    digest.update(image_digest(image))
+                except ValueError as error:
+                    raise ValueError(f"Image {row_of(index)} of the split {split} can't be read: {error}") from error
+                bar.update()
+        return digest.hexdigest()
+
+    def _encode_images(
+        self, dataset: "datasets.Dataset", split: str, pooled: bool, row_of: Callable[[int], int]
+    ) -> tuple[torch.Tensor, str]:
+        """Return the embeddings, and what `_images_digest` returns of the files that were decoded."""
+        images = _Images(dataset, self.processor.image_processor)
+        loader = DataLoader(images, self.batch_size, num_workers=self.num_workers, collate_fn=images.collate)
+        embeds, digest = [], hashlib.sha256()
+        with logging.tqdm(total=len(dataset), desc="Images", unit="image") as bar, torch.inference_mode():
+            for batch in loader:
+                if isinstance(batch, str):
+                    index, _, rest = batch.partition(" ")
+                    raise ValueError(f"Image {row_of(int(index))} of the split {split} {rest}")
+                pixel_values, digests = batch
+                digest.update(b"".join(digests))
+                inputs = {"pixel_values": pixel_values.to(execution_device(self.model), self.model.dtype)}
+                tower = self.model.vision_model if pooled else self.model.get_image_features
+                found = tower(**inputs, return_dict=True).pooler_output.float()
+                embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
+                bar.update(len(pixel_values))
+        return torch.cat(embeds), digest.hexdigest()
+
+    def _tokenize(self, texts: Sequence[str]) -> list[Any]:
+        """Return the texts' tokens, `TEXT_BATCH_SIZE` at once; say how many texts are cut."""
+        tokenizer = self.processor.tokenizer
+        options = text_options(self.model, tokenizer)
+        lengths = [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
+        if cut := sum(length > options["max_length"] for length in lengths):
+            logger.warning("%d of %d texts are cut to %d tokens.", cut, len(texts), options["max_length"])
+        starts = range(0, len(texts), TEXT_BATCH_SIZE)
+        return [tokenizer(list(texts[start : start + TEXT_BATCH_SIZE]), **options) for start in starts]
+
+    def _encode_texts(self, batches: Sequence[Any], count: int) -> torch.Tensor:
+        embeds = []
+        with logging.tqdm(total=count, desc="Texts", unit="text") as bar, torch.inference_mode():
+            for tokens in batches:
+                inputs = {name: value.to(execution_device(self.model)) for name, value in tokens.items()}
+                found = self.model.get_text_features(**inputs, return_dict=True).pooler_output.float()
+                embeds.append(normalize(found, dim=-1).cpu())
+                bar.update(len(found))
+        return torch.cat(embeds)
+
+
+__all__ = ["Encoder", "check_batches", "check_clip_like", "text_options"]

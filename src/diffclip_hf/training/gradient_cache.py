@@ -1,0 +1,118 @@
+"""A contrastive batch in chunks: the gradients of the whole batch, with the activations of one chunk in memory.
+
+Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from ..model.loss_diffclip import image_text_contrastive_loss
+
+
+def _number_of_chunks(rows: torch.Tensor, chunk_size: int) -> int:
+    """Return how many chunks the process with the most rows needs, so that all run the model equally often."""
+    count = torch.tensor(max(1, -(-len(rows) // chunk_size)), device=rows.device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return int(count)
+
+
+def _split(inputs: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Cut the rows of each tensor into `count` parts as equal as can be; where rows are fewer, some are empty."""
+    rows = len(inputs["input_ids"])
+    parts = {
+        name: value.tensor_split(count)
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and len(value) == rows
+    }
+    shared = {name: value for name, value in inputs.items() if name not in parts}
+    return [{**shared, **{name: part[index] for name, part in parts.items()}} for index in range(count)]
+
+
+class _RandomState:
+    """The state of the generators that dropout draws from, for drawing the same again."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.device_type = tensor.device.type
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(tensor)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states, device_type=self.device_type)
+
+
+def backward_in_chunks(
+    model: torch.nn.Module,
+    logit_scale: Callable[[], torch.Tensor],
+    inputs: dict[str, Any],
+    chunk_size: int,
+    backward: Callable[[torch.Tensor], None],
+    no_sync: Callable[[], AbstractContextManager],
+    *,
+    synchronise: bool = True,
+    divisor: float = 1.0,
+) -> torch.Tensor:
+    """Add to each parameter the gradient of `image_text_contrastive_loss` of the whole batch; return the loss.
+
+    The chunks are encoded without gradients; the loss of all embeddings, those of other processes too, gives the
+    gradient of each embedding; and each chunk is encoded again, with the same dropout masks, to take these gradients
+    on to the parameters. So the model runs twice without gradients kept in memory for more than a chunk, and what
+    grows with the batch are its inputs, its embeddings and the logits. In exact arithmetic the gradient is that of
+    the whole batch at once.
+
+    Every process of distributed training has to call this. All cut their rows into the same number of chunks, that of
+    the process with the most rows, and only the backward pass of the last synchronises gradients.
+
+    Args:
+        model: A `DiffCLIPModel`, or what DDP, FSDP2, PEFT or accelerate made of it, in training mode.
+        logit_scale: Returns its logit scale as it stands in the module after a forward pass.
+        inputs: What `DiffCLIPModel.forward` takes, with `input_ids` and `pixel_values` of the same number of rows.
+        chunk_size: The most rows that go through the model at once.
+        backward: Runs the backward pass of a chunk's loss, as `Accelerator.backward`.
+        no_sync: Returns a context in which gradients aren't synchronised, as `Accelerator.no_sync`.
+        synchronise: Whether the last chunk synchronises gradients, as in the last step of gradient accumulation.
+        divisor: What the loss is divided by, as in gradient accumulation.
+
+    Returns:
+        The local loss over `divisor`, detached, without dimensions.
+
+    Raises:
+        ValueError: The numbers of texts and images differ.
+    """
+    inputs = {**inputs, "return_loss": False, "return_dict": True}
+    chunks = _split(inputs, _number_of_chunks(inputs["input_ids"], chunk_size))
+    states, text_embeds, image_embeds = [], [], []
+    for chunk in chunks:
+        states.append(_RandomState(chunk["pixel_values"]))
+        with torch.no_grad():
+            outputs = model(**chunk)
+        text_embeds.append(outputs.text_embeds)
+        image_embeds.append(outputs.image_embeds)
+
+    leaves = [torch.cat(text_embeds), torch.cat(image_embeds), logit_scale().detach().clone()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    loss = image_text_contrastive_loss(*leaves) / divisor
+    text_gradient, image_gradient, scale_gradient = torch.autograd.grad(loss, leaves)
+    text_gradients = text_gradient.tensor_split(len(chunks))
+    image_gradients = image_gradient.tensor_split(len(chunks))
+
+    for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
+        last = synchronise and index == len(chunks) - 1
+        state.restore()
+        with nullcontext() if last else no_sync():
+            outputs = model(**chunk)
+            # Its gradient is the cached one. The scale's has a part in each chunk, so that every parameter has one,
+            # which DDP waits for.
+            backward(
+                (outputs.text_embeds * text_gradients[index]).sum()
+                + (outputs.image_embeds * image_gradients[index]).sum()
+                + (logit_scale() * scale_gradient / len(chunks)).sum()
+            )
+    return loss.detach()

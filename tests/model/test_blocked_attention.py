@@ -1,0 +1,176 @@
+"""Differential attention block by block against the formula in float64, and against FlashAttention's conditions."""
+
+import pytest
+import torch
+from test_attention import attention, causal_mask
+from tolerances import EAGER_AGAINST_SDPA, HALF_PRECISION, assert_gradients_close, relative_error
+from transformers import AttentionInterface
+
+from diffclip_hf.model import attention_diffclip, blocked_attention_diffclip
+from diffclip_hf.model.blocked_attention_diffclip import blocked_differential_attention
+
+
+SCALING = 0.3
+LAMBDA = 0.7
+
+
+def draw(batch: int, length: int, heads: int, width: int, dtype=torch.float64) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values laid out as the model's projections are, and λ."""
+    torch.manual_seed(0)
+    states = [torch.randn(batch, length, heads * width, dtype=torch.float64) for _ in range(3)]
+    query, key, value = (
+        state.to(dtype).unflatten(-1, (-1, size)).transpose(1, 2)
+        for state, size in zip(states, (width, width, 2 * width), strict=True)
+    )
+    return query, key, value, torch.tensor(LAMBDA, dtype=dtype)
+
+
+def formula(query, key, value, lambda_value, bias) -> torch.Tensor:
+    maps = torch.softmax(query @ key.transpose(-1, -2) * SCALING + bias, dim=-1)
+    return ((maps[:, 0::2] - lambda_value * maps[:, 1::2]) @ value).transpose(1, 2)
+
+
+def with_gradients(function, tensors) -> dict[str, torch.Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = function(*inputs)
+    torch.manual_seed(1)
+    target = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
+    gradients = torch.autograd.grad(output, inputs, target)
+    names = ("query", "key", "value", "lambda")
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def bool_mask(kind: str, batch: int, length: int) -> torch.Tensor | None:
+    """A mask that differs between the batch's rows, none, or one that hides all keys from a query."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None].repeat(batch, 1, 1, 1)
+    if kind == "left padding":
+        for row in range(batch):
+            causal[row, :, :, :row] = False  # The first queries of row 1 on then see no key.
+        return causal
+    return None
+
+
+# Entries a thread: everything in one block; some batch rows; some pairs; some query rows; a single one.
+@pytest.mark.parametrize("entries", [10**9, 2 * 4 * 19 * 19, 2 * 19 * 19, 2 * 19 * 5, 1])
+@pytest.mark.parametrize("mask", ["none", "causal", "left padding"])
+def test_every_cut_is_the_formula(entries, mask, monkeypatch):
+    batch, length, heads = 5, 19, 4
+    monkeypatch.setattr(blocked_attention_diffclip, "BLOCK_ENTRIES_PER_THREAD", entries // torch.get_num_threads())
+    monkeypatch.setattr(blocked_attention_diffclip, "LEAST_ROWS", 1)
+    tensors = draw(batch, length, heads, 8)
+    attention_mask = bool_mask(mask, batch, length)
+    lowest = torch.finfo(torch.float64).min
+    bias = torch.zeros(1, dtype=torch.float64)
+    if mask == "causal":
+        bias = causal_mask(length).double()
+    elif attention_mask is not None:
+        bias = torch.zeros(attention_mask.shape, dtype=torch.float64).masked_fill(~attention_mask, lowest)
+
+    def blocked(query, key, value, lambda_value):
+        return blocked_differential_attention(
+            query, key, value, attention_mask, lambda_value, SCALING, mask == "causal"
+        )
+
+    found = with_gradients(blocked, tensors)
+    expected = with_gradients(lambda *inputs: formula(*inputs, bias), tensors)
+    for name, value in expected.items():
+        assert relative_error(found[name], value) <= 1e-12, name
+
+
+def test_a_mask_that_is_added_to_the_scores():
+    bias = torch.randn(3, 1, 7, 7, dtype=torch.float64)
+    tensors = draw(3, 7, 2, 4)
+    found = with_gradients(
+        lambda query, key, value, lam: blocked_differential_attention(query, key, value, bias, lam, SCALING, False),
+        tensors,
+    )
+    for name, value in with_gradients(lambda *inputs: formula(*inputs, bias), tensors).items():
+        assert relative_error(found[name], value) <= 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "length", "causal"), [(1, 197, False), (3, 77, True), (1, 1025, False)])
+def test_other_dtypes_are_near_the_formula(dtype, batch, length, causal):
+    bias = causal_mask(length).double() if causal else torch.zeros(1, dtype=torch.float64)
+    expected = with_gradients(lambda *inputs: formula(*inputs, bias), draw(batch, length, 4, 16))
+    *tensors, lambda_value = draw(batch, length, 4, 16, dtype)
+    found = with_gradients(
+        lambda query, key, value, lam: blocked_differential_attention(query, key, value, None, lam, SCALING, causal),
+        (*tensors, lambda_value.float()),
+    )
+    tolerance = HALF_PRECISION.get(dtype, EAGER_AGAINST_SDPA)
+    for name, value in expected.items():
+        assert found[name].dtype == (torch.float32 if name == "lambda" else dtype)
+        # λ's gradient is one sum over everything, which nearly cancels: 1 % of the sum of its terms' sizes.
+        scale = expected["value"].abs().sum() / 100 if name == "lambda" else value.abs().max()
+        assert (found[name].double() - value).abs().max() / scale <= tolerance, name
+
+
+# PyTorch's check looks at gradients of tensors that aren't leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_operator_is_one_of_pytorchs(causal):
+    """Its schema, its sizes without data, its gradients and its tracing with changing sizes are consistent."""
+    query, key, value, lambda_value = (tensor.requires_grad_() for tensor in draw(2, 5, 4, 4, torch.float32))
+    torch.library.opcheck(blocked_differential_attention, (query, key, value, None, lambda_value, SCALING, causal))
+
+
+def test_nothing_as_large_as_the_maps_is_kept_for_the_backward_pass():
+    module = attention("differential", causal=False)
+    module.config._attn_implementation = "sdpa"
+    length = 1025
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda x: x):
+        module(torch.randn(1, length, 32, requires_grad=True))
+    assert sizes
+    assert max(sizes) < length * length
+
+
+@pytest.mark.parametrize("attention_type", ["differential", "standard"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_gets_what_it_takes(attention_type, causal, monkeypatch):
+    """A stand-in with FlashAttention's conditions: half precision, keys as wide as values, as many of each."""
+
+    def flash(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        assert query.shape == key.shape == value.shape
+        assert query.dtype == torch.bfloat16
+        assert attention_mask is None
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=module.is_causal, scale=scaling
+        )
+        return output.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    module = attention(attention_type, causal).bfloat16()
+    states = torch.randn(2, 33, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        module.config._attn_implementation = "flash_attention_2"
+        found, maps = module(states)
+        module.config._attn_implementation = "eager"
+        expected, _ = module(states, causal_mask(33).bfloat16() if causal else None)
+    assert maps is None
+    assert relative_error(found.float(), expected.float()) <= HALF_PRECISION[torch.bfloat16]
+
+
+@pytest.mark.parametrize("attention_type", ["differential", "standard"])
+def test_flash_attention_is_refused_in_float32(attention_type):
+    module = attention(attention_type, causal=False)
+    module.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"flash_attention_2.*torch\.float32.*must be torch\.float16 or"):
+        module(torch.randn(1, 5, 32))
+
+
+def test_flash_attention_is_refused_for_wide_heads():
+    with pytest.raises(ValueError, match="320 wide"):
+        attention_diffclip.check_flash_attention(torch.zeros(1, 2, 5, 320, dtype=torch.bfloat16), "flash_attention_3")
+
+
+def test_a_mask_for_each_head_is_taken_too():
+    module = attention("differential", causal=False)
+    states = torch.randn(2, 9, 32)
+    mask = torch.randn(2, module.num_heads, 9, 9)
+    found = {}
+    for implementation in ("eager", "sdpa"):
+        module.config._attn_implementation = implementation
+        found[implementation] = {"output": module(states, mask)[0].detach()}
+    assert_gradients_close(found["sdpa"], found["eager"])
