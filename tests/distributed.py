@@ -9,11 +9,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 
 
+TOLERANCE = 1e-6  # 9.6e-14, in float64
 TIMEOUT = 3600  # seconds, after which processes that wait for each other for ever are ended
 # Imported once, for all processes that are forked from there.
 multiprocessing.set_forkserver_preload(["torch", "transformers", "accelerate", "diffclip_hf.training.trainer"])
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], floor: float = 1e-3) -> None:
+    """Compare relative to each tensor's largest magnitude, or to `floor` of the largest of all where that is more."""
+    largest = max(tensor.abs().max() for tensor in expected.values())
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (actual[name] - tensor).abs().max() / max(tensor.abs().max(), floor * largest)
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
 
 
 def _process(rank: int, function: Callable, world_size: int, folder: Path, arguments: tuple) -> None:

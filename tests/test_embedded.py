@@ -72,7 +72,7 @@ def test_it_loads_as_float32_unasked(auto):
 def test_its_code_is_the_packages():
     """So that Transformers says what to do without `import diffclip_hf`; `make embedded-code` refreshes it."""
     for name in CODE_FILES:
-        assert (MODEL / name).read_bytes() == (ROOT / "src" / "diffclip_hf" / name).read_bytes(), name
+        assert (MODEL / name).read_bytes() == (ROOT / "src" / "diffclip_hf" / "model" / name).read_bytes(), name
     assert {path.name for path in MODEL.glob("*.py")} == set(CODE_FILES)
     config = json.loads((MODEL / "config.json").read_text())
     assert config["auto_map"]["AutoModel"] == "modeling_diffclip.DiffCLIPModel"

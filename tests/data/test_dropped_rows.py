@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets.distributed import split_dataset_by_node
-from distributed import launch
+from distributed import assert_same, launch
 from pairs import LABELS, TEXT, arguments
-from test_distributed import assert_same
 from tiny import randomised, tiny_config
 from torch.nn.functional import cross_entropy
 from training_samples import sample, tiny_processor, write_tar

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 
 from transformers.dynamic_module_utils import get_imports  # noqa: E402
 
-from diffclip_hf import kernels_diffclip  # noqa: E402
+from diffclip_hf.model import kernels_diffclip  # noqa: E402
 from diffclip_hf.model.attention_diffclip import eager_differential_attention_forward  # noqa: E402
 from diffclip_hf.model.kernels_diffclip import fused_differential_attention  # noqa: E402
 
@@ -343,7 +343,7 @@ def test_without_triton_the_file_loads_and_the_call_says_what_is_missing(monkeyp
 def test_compiles_for_a_card_that_is_not_there(architecture, head_dims, dtypes, tmp_path):
     """Triton's compiler takes the kernels, and their shared memory fits a consumer card; how fast they are is open."""
     script = Path(__file__).parents[1].joinpath("compile_kernels.py")
-    source = str(Path(kernels_diffclip.__file__).parent.parent)
+    source = str(Path(kernels_diffclip.__file__).parents[2])
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, str(script), str(architecture), head_dims, dtypes],

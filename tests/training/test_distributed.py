@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import launch
+from distributed import TOLERANCE, assert_same, gradients, launch
 from pairs import Pairs, Stream, arguments, collate, stream_collate, zero_shot_parts
 from safetensors.torch import load_file
 from tiny import tiny_inputs, tiny_model
@@ -21,20 +21,6 @@ from diffclip_hf.training.trainer import DiffCLIPTrainer, DiffCLIPTrainingArgume
 
 PAIRS = 8
 SPLITS = {2: [[4, 4], [5, 3], [8, 0]], 4: [[2, 2, 2, 2], [3, 0, 4, 1]]}
-TOLERANCE = 1e-6  # 9.6e-14, in float64
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], floor: float = 1e-3) -> None:
-    """Compare relative to each tensor's largest magnitude, or to `floor` of the largest of all where that is more."""
-    largest = max(tensor.abs().max() for tensor in expected.values())
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        error = (actual[name] - tensor).abs().max() / max(tensor.abs().max(), floor * largest)
-        assert error <= TOLERANCE, f"{name}: {error:.1e}"
 
 
 def rows_of(inputs: dict[str, torch.Tensor], split: list[int]) -> dict[str, torch.Tensor]:

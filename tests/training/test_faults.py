@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import launch
+from distributed import assert_same, launch
 from pairs import Pairs, arguments, collate
-from test_distributed import assert_same
 from tiny import tiny_model
 from torch.multiprocessing import ProcessExitedException
 from transformers import TrainerCallback

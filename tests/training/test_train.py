@@ -25,7 +25,9 @@ from diffclip_hf.data.sources import ImageTextCollator, ImageTextShards
 from diffclip_hf.train import build_config, build_model, main, parse_arguments
 
 
-RECIPES = sorted(path.name.removesuffix(".yaml") for path in (resources.files("diffclip_hf") / "recipes").iterdir())
+RECIPES = sorted(
+    path.name.removesuffix(".yaml") for path in (resources.files("diffclip_hf.training") / "recipes").iterdir()
+)
 TINY = {
     "projection_dim": 24,
     "text_config": {**TOWER, "vocab_size": 514, "max_position_embeddings": 77},
@@ -175,7 +177,7 @@ def test_recipes_train_in_bfloat16_and_keep_float32_weights():
     import yaml
 
     for recipe in RECIPES:
-        text = (resources.files("diffclip_hf") / "recipes" / f"{recipe}.yaml").read_text()
+        text = (resources.files("diffclip_hf.training") / "recipes" / f"{recipe}.yaml").read_text()
         assert yaml.safe_load(text)["bf16"] is True
 
 

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from distributed import assert_same, gradients
 from pairs import (
     LABELS,
     TEMPLATES,
@@ -18,7 +19,6 @@ from pairs import (
     stream_collate,
     zero_shot_parts,
 )
-from test_distributed import assert_same, gradients
 from tiny import randomised, tiny_config, tiny_inputs, tiny_model
 from torch import nn
 from torch.utils.data import DataLoader
