@@ -239,7 +239,6 @@ def run(args: argparse.Namespace) -> None:
         OSError: Something can't be read or written.
     """
     check_options(args)
-    require_extra("evaluation", "datasets", *(["sklearn"] if args.task == "linear-probe" else []))
     specs = dataset_specs(args)
     encoder = load_encoder(args)
     options = TaskOptions(

@@ -12,7 +12,8 @@ would count what both share, the noise that the subtraction removes. Where both 
 relevance is what the method gives for that one map.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,18 +76,8 @@ def image_relevance(
 
     Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6; the authors' CLIP notebook.
     """
-    check_model(model)
-    check_passes_gradients(model)
-    with torch.inference_mode(False):
-        with torch.no_grad():
-            text_embeds, _ = _encode(model, "text", _text_inputs(model, input_ids, attention_mask))
-        inputs = _image_inputs(model, pixel_values, interpolate_pos_encoding)
-        # Asking for the pixels' gradient puts the maps into the graph of a model whose parameters are frozen.
-        inputs["pixel_values"].requires_grad_()
-        with torch.enable_grad():
-            image_embeds, outputs = _encode(model, "image", inputs)
-        class_token = torch.zeros(len(image_embeds), dtype=torch.long, device=image_embeds.device)
-        rows = _relevance(model, "image", image_embeds, text_embeds, outputs.attentions, class_token, first_layer)
+    images, texts = (pixel_values, interpolate_pos_encoding), (input_ids, attention_mask)
+    rows = _pooled_relevance(model, "image", images, texts, first_layer)
     return rows[:, :, 1:].unflatten(-1, _grid(model, pixel_values)).cpu().numpy()
 
 
@@ -108,25 +99,8 @@ def text_relevance(
         asked, as the class token's isn't, and after it, where it doesn't look. The start token, on which attention
         rests that goes nowhere else, often has much; `word_relevance` leaves it out.
     """
-    check_model(model)
-    check_passes_gradients(model)
-    with torch.inference_mode(False):
-        with torch.no_grad():
-            image_embeds, _ = _encode(model, "image", _image_inputs(model, pixel_values, interpolate_pos_encoding))
-        embedding: Any = model.text_model.get_input_embeddings()  # type: ignore[operator]
-        # As with the pixels' gradient; ids have none.
-        hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        try:
-            with torch.enable_grad():
-                text_embeds, outputs = _encode(model, "text", _text_inputs(model, input_ids, attention_mask))
-        finally:
-            hook.remove()
-        # By its state, so that the rule for which token is pooled stays the model's.
-        is_end = (outputs.last_hidden_state == outputs.pooler_output[:, None]).all(-1)
-        end = is_end.int().argmax(-1)
-        rows = _relevance(model, "text", text_embeds, image_embeds, outputs.attentions, end, first_layer)
-        rows = rows.masked_fill(one_hot(end, rows.shape[-1]).bool()[:, None], 0)
-    return rows.transpose(0, 1).cpu().numpy()
+    images, texts = (pixel_values, interpolate_pos_encoding), (input_ids, attention_mask)
+    return _pooled_relevance(model, "text", images, texts, first_layer).transpose(0, 1).cpu().numpy()
 
 
 def attention_maps(
@@ -490,7 +464,57 @@ def _encode(model: Any, tower: str, inputs: Mapping[str, Any]) -> tuple[torch.Te
     return normalize(projection(outputs.pooler_output).float(), dim=-1), outputs
 
 
-def _relevance(
+@contextmanager
+def _with_maps_in_graph(model: Any, tower: str) -> Iterator[None]:
+    """Ask for the gradient of what a tower embeds, so that its maps are in a graph where its parameters are frozen."""
+    embedding = getattr(model, TOWERS[tower][0]).get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+
+
+def _pooled_relevance(
+    model: Any,
+    tower: str,
+    images: tuple[torch.Tensor, bool],
+    texts: tuple[torch.Tensor, torch.Tensor | None],
+    first_layer: int,
+) -> torch.Tensor:
+    """Return the relevance of one tower's tokens for the token that it pools, 0 at that token itself.
+
+    Args:
+        model: Any that `check_model` takes.
+        tower: Whose tokens.
+        images: As `_image_inputs` takes them.
+        texts: As `_text_inputs` takes them.
+        first_layer: The first layer that counts.
+
+    Returns:
+        (batch of this tower, batch of the other, tokens), float32.
+    """
+    check_model(model)
+    check_passes_gradients(model)
+    with torch.inference_mode(False):
+        inputs = {"image": _image_inputs(model, *images), "text": _text_inputs(model, *texts)}
+        other = "text" if tower == "image" else "image"
+        with torch.no_grad():
+            others, _ = _encode(model, other, inputs[other])
+        with _with_maps_in_graph(model, tower):
+            embeds, outputs = _encode(model, tower, inputs[tower])
+        if tower == "image":
+            pooled = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
+        else:
+            # By its state, so that the rule for which token is pooled stays the model's.
+            is_end = (outputs.last_hidden_state == outputs.pooler_output[:, None]).all(-1)
+            pooled = is_end.int().argmax(-1)
+        rows = _roll_out(model, tower, embeds, others, outputs.attentions, pooled, first_layer)
+        return rows.masked_fill(one_hot(pooled, rows.shape[-1]).bool()[:, None], 0)
+
+
+def _roll_out(
     model: Any,
     tower: str,
     embeds: torch.Tensor,

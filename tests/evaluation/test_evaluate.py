@@ -49,15 +49,6 @@ IMAGE = {**TOWER, "image_size": 32, "patch_size": 8}
 TEMPLATES = ("a photo of a {}.", "{}", "the small {}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_bars():
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    yield
-    logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-
-
 def diffclip():
     return randomised(tiny_pair_model()), tiny_processor()
 

@@ -1,6 +1,5 @@
 """Embeddings kept on disk, under a key of all that they depend on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -14,15 +13,11 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from ..common.whole_files import check_output_file, write_whole
-from .keys import fingerprint
+from .keys import fingerprint, tensor_digest
 
 
 logger = logging.get_logger(__name__)
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "embeddings"
-
-
-def _checksum(embeds: torch.Tensor) -> str:
-    return hashlib.sha256(embeds.contiguous().numpy().data).hexdigest()
 
 
 class EmbeddingCache:
@@ -63,7 +58,7 @@ class EmbeddingCache:
             logger.info("Embeddings from %s", path)
             return embeds
         embeds = compute().contiguous()
-        metadata = {"key": text, "sha256": _checksum(embeds)}
+        metadata = {"key": text, "digest": tensor_digest(embeds)}
         try:
             write_whole(path, lambda beside: save_file({"embeds": embeds}, beside, metadata))
         except (OSError, SafetensorError) as error:
@@ -81,7 +76,7 @@ class EmbeddingCache:
             logger.warning("%s can't be read, and is computed again: %s", path, error)
             return None
         whole = embeds.dtype == torch.float32 and embeds.ndim == 2 and len(embeds) == rows
-        if not whole or metadata.get("key") != key or metadata.get("sha256") != _checksum(embeds):
+        if not whole or metadata.get("key") != key or metadata.get("digest") != tensor_digest(embeds):
             logger.warning("%s is damaged, and is computed again.", path)
             return None
         return embeds

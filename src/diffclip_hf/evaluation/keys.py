@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..model.hub_cache_diffclip import sha256_of
 from ..model.image_reading_diffclip import RASTER_FORMATS, read_encoded
 
 
@@ -36,7 +37,6 @@ PACKAGES = (
 )
 # Their code is known by the version.
 _VERSIONED = frozenset({"builtins", *PACKAGES})
-_CHUNK = 1 << 22
 
 
 class UnknownContentError(ValueError):
@@ -74,7 +74,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 @functools.cache
 def _file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256_of(Path(path))
 
 
 def _class_name(cls: type) -> str:
@@ -302,11 +302,7 @@ def files_digest(paths: Iterable[Path], root: Path) -> str:
         digest.update(f"{os.path.relpath(path, root)}\n".encode(errors="surrogateescape"))
         if path.suffix.lower() in suffixes or not path.is_file():
             continue
-        inner = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                inner.update(chunk)
-        digest.update(inner.digest())
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()
 
 

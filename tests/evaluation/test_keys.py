@@ -29,15 +29,6 @@ from diffclip_hf.evaluation.specs import DatasetSpec
 TEXTS = ["a red fox", "an ox"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_bars():
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    yield
-    logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-
-
 def pictures(*numbers: int) -> datasets.Dataset:
     images = [{"bytes": encoded(picture(number), "PNG"), "path": None} for number in numbers]
     return datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image(decode=False))
