@@ -10,12 +10,18 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from measuring import FOLDER
 from warm_python import WarmPython
 
 
 # Triton decides when kernels are defined whether its interpreter runs them, on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    if getattr(config.option, "cov_source", None):
+        os.environ[FOLDER] = str(config.rootpath)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from measuring import measured
 from torch import nn
 
 
@@ -38,7 +39,9 @@ def _process(rank: int, function: Callable, world_size: int, folder: Path, argum
         size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         os.environ |= size | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.save(function(folder, *arguments), folder / f"result-{rank}.pt")
+    with measured():
+        result = function(folder, *arguments)
+    torch.save(result, folder / f"result-{rank}.pt")
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

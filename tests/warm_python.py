@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from measuring import measured
+
 
 class WarmPython:
     """A context manager around the process that is forked."""
@@ -93,7 +95,8 @@ def _run(request: dict[str, Any], files: tuple[IO[bytes], IO[bytes]]) -> int:
     for number, file in enumerate(files, 1):
         os.dup2(file.fileno(), number)
     try:
-        _become(request["arguments"])
+        with measured():
+            _become(request["arguments"])
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
