@@ -262,7 +262,7 @@ def plot_lambdas(runs: list[dict], path: Path) -> None:
 REPORT = """# The paper's four models at a small size
 
 CLIP, DiffCLIP, DiffCLIP* (λ_init by depth) and DiffCLIP† (differential attention in the image tower alone), trained
-from scratch on the drawings of emoji of the [embedded model](../../embedded/README.md), with the same architecture,
+from scratch on the drawings of emoji of the embedded model (`embedded/README.md`), with the same architecture,
 {parameters} parameters, and the same budget: {epochs} epochs, {steps} steps of 256 pairs, {seeds} seed{plural} each.
 Everything on this page is made by
 
@@ -291,7 +291,7 @@ settings are those of the embedded model, a DiffCLIP, and were not tuned for any
 ![λ of each layer](lambda.png)
 
 Where CLIP and DiffCLIP of these look for a text is in [localization.json](localization.json), and summed up [in the
-README](../../README.md#where-it-looks).
+guide](../guides/look.md#how-well-it-points).
 
 ## What this can and can't show
 

@@ -1,0 +1,183 @@
+"""Every snippet of the README and of the site runs, and what they say of commands and figures is so."""
+
+import functools
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import WRITER, HubServer
+from parity_models import FIXTURES
+from released_checkpoint import IMPORTS, imports_of, save_released
+
+from diffclip_hf.conversion.original_checkpoint import load_state_dict
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# (page, language, code), in the order of a reader.
+BLOCKS = [
+    (path.relative_to(ROOT).as_posix(), language, code)
+    for path in PAGES
+    for language, code in re.findall(r"```(python|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+]
+# Tests of their own, below: what needs many steps, or what a command has written before.
+OWN = ("load_digits", "onnxruntime", "diffclip-vitb16")
+PYTHON = [(page, code) for page, language, code in BLOCKS if language == "python"]
+SOURCE = "hammh0a/DiffCLIP_ViTB16_CC12M"
+CONVERT = "docs/guides/convert.md"
+# Commands that run here: on what the repository has, in little time.
+RUNS_HERE = ("-m diffclip_hf.evaluate embedded/", "-m diffclip_hf.evaluate --list", "-m diffclip_hf.train --help")
+
+
+def commands(page: str | None = None) -> list[tuple[str, list[str]]]:
+    """Return the pages' commands of Python, as (page, words), comments left out and lines joined."""
+    found = []
+    for where, language, code in BLOCKS:
+        if language == "bash" and page in (None, where):
+            lines = code.replace("\\\n", " ").splitlines()
+            found += [(where, words) for line in lines if (words := shlex.split(line, comments=True))]
+    return [(where, words[1:]) for where, words in found if words[0] == "python"]
+
+
+def one_block(page: str, word: str) -> str:
+    (code,) = (code for where, code in PYTHON if where == page and word in code)
+    return code
+
+
+@pytest.fixture
+def python(warm_python, clone):
+    """Runs Python offline in the clone and returns what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(clone / "modules")}
+    return functools.partial(warm_python.run, folder=clone, environment=environment)
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A folder with what a clone has, and the checkpoint that the pages speak of (a tiny one)."""
+    for name in ("embedded", "conversion"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copyfile(FIXTURES / "diffclip-tiny.pt", tmp_path / "checkpoint_best.pt")
+    return tmp_path
+
+
+def test_the_pages_are_short_enough_to_be_read():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_speed_table_is_the_measured_one():
+    measured = (ROOT / "benchmarks" / "speed.md").read_text(encoding="utf-8").split("\n\n")[0]
+    assert measured in (ROOT / "docs" / "guides" / "speed.md").read_text(encoding="utf-8")
+
+
+def test_every_page_of_the_reference_has_an_example():
+    with_example = {page for page, _ in PYTHON}
+    for path in (ROOT / "docs" / "api").glob("*.md"):
+        assert path.relative_to(ROOT).as_posix() in with_example
+
+
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [
+        pytest.param(page, code, id=f"{page}-{number}")
+        for number, (page, code) in enumerate(PYTHON)
+        if not any(word in code for word in OWN)
+    ],
+)
+def test_python_snippet(page, code, python):
+    printed = python("-c", code)
+    assert ("print(" in code) == bool(printed)
+
+
+def test_what_the_readme_says_is_printed(python):
+    code = one_block("README.md", "pipeline(")
+    printed = python("-c", code).splitlines()
+    assert printed == [line[2:] for line in code.splitlines() if line.startswith("# ")]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accuracy"),
+    [
+        # It gets 0.87, far more than the 1 in 10 of chance.
+        (1, 0.6),
+        pytest.param(4, 0.9, marks=pytest.mark.slow),
+    ],
+)
+def test_digits_are_learned(epochs, accuracy, python):
+    digits = one_block("docs/guides/classify.md", "load_digits")
+    assert len(digits.strip().splitlines()) < 25
+    assert digits.count("num_train_epochs=4") == 1
+    code = digits.replace("num_train_epochs=4", f"num_train_epochs={epochs}")
+    printed = python("-c", code)
+    assert float(printed.strip().splitlines()[-1]) >= accuracy
+
+
+def test_commands_on_what_the_repository_has(python):
+    here = [words for _, words in commands() if shlex.join(words).startswith(RUNS_HERE)]
+    assert len(here) >= 5
+    for words in {tuple(words) for words in here}:
+        assert python(*words)
+
+
+def test_a_checkpoint_on_disk_is_converted(clone, python):
+    (words,) = (words for _, words in commands(CONVERT) if "--checkpoint" in words)
+    python(*words)
+    assert (clone / "diffclip-vitb16" / "model.safetensors").is_file()
+    python("-c", one_block(CONVERT, '"diffclip-vitb16"'))
+
+
+def test_onnx_snippets(python):
+    page = "docs/guides/deploy.md"
+    (words,) = (words for _, words in commands(page) if "diffclip_hf.export_onnx" in words)
+    python(*words)
+    printed = python("-c", one_block(page, "onnxruntime"))
+    similarities = [float(number) for number in re.findall(r"[-\d.]+", printed)]
+    assert similarities[0] > similarities[1], "a pizza is more like 'pizza' than like 'rocket'"
+
+
+def test_from_the_hub_and_back(clone, warm_python, tmp_path):
+    """Against a Hub on loopback that has a file like the released one under its name, but for a tiny model."""
+    generator = torch.Generator().manual_seed(0)
+    weights = load_state_dict(clone / "checkpoint_best.pt")
+    weights["token_embedding.weight"] = torch.randn(49408, 48, generator=generator)
+    weights["positional_embedding"] = torch.randn(77, 48, generator=generator)
+    (tmp_path / "source").mkdir()
+    assert imports_of(save_released(tmp_path / "source" / "checkpoint_best.pt", weights, "DIFFCLIP_VITB16")) == IMPORTS
+    with HubServer(tmp_path / "server") as hub:
+        hub.add(SOURCE, tmp_path / "source")
+        environment = hub.environment(tmp_path / "home", WRITER)
+        steps = [words for _, words in commands("README.md") if words[0].startswith("conversion/")]
+        steps += [words for _, words in commands(CONVERT) if words[0] == "conversion/convert_to_original.py"]
+        assert [words[0].split("/")[1] for words in steps] == [
+            "convert_original_checkpoint.py",
+            "push_to_hub.py",
+            "convert_to_original.py",
+        ]
+        for words in steps:
+            # The tests' token may write to this owner's repositories.
+            arguments = ["org/name" if word == "ORG/NAME" else word for word in words]
+            warm_python.run(*arguments, folder=clone, environment=environment)
+        assert {"README.md", "model.safetensors", "tokenizer.json", "modeling_diffclip.py"} <= set(
+            hub.head("org/name")
+        )
+    back = torch.load(clone / "back.pt", weights_only=True)["state_dict"]
+    assert back.keys() == {f"module.{key}" for key in weights}
+    assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
+
+
+def test_the_commands_are_the_makefiles():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in ("demo", "docs", "test"):
+        assert f"`make {target}`" in readme
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_links_lead_somewhere():
+    """Of the README; the site's are checked where it is built."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
