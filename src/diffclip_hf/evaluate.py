@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,8 +186,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"{names} can't be used with --task {args.task}.")
     require_extra("evaluation", "datasets", *(["sklearn"] if args.task == "linear-probe" else []))
     check_batches(args.batch_size, args.num_workers)
-    if args.revision is not None and os.path.isdir(args.model):
-        raise ValueError(f"--revision can't be used with {args.model}, a folder; only the Hub has revisions.")
 
 
 def load_encoder(args: argparse.Namespace) -> Encoder:

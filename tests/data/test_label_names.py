@@ -166,13 +166,16 @@ def test_files_that_number_their_labels_apart_are_refused(tmp_path):
     ("lines", "message"),
     [
         ('{"file_name": "a.png", "label": "x", "more": ' + "[" * 20_000 + "]" * 20_000 + "}", "is nested 20001 deep"),
+        ('{"file_name": "a.png", "more": ' + "[\n" * 20_000 + "]\n" * 20_000 + "}", "Line 500 .* is nested 501 deep"),
+        ('{"}":\n' * 20_000 + "1" + "}" * 20_000, "Line 501 .* is nested 501 deep"),
+        ('{"more": "' + "[" * 600 + '"}\n' + '{"more": [1, {"}]": 2}]}\n' * 600 + "!", "can't be read: ArrowInvalid"),
         ("", "can't be read: IndexError"),
         ('{"file_name": "a.png", "label": "\\ud83d"}', "can't be read: ArrowInvalid: .*surrogate"),
         ('{"file_name": "a.png", "label": "x"}\nnot JSON', "can't be read: ArrowInvalid"),
     ],
 )
 def test_metadata_that_cannot_be_read_is_one_error(lines, message, tmp_path):
-    """The first would end the process."""
+    """The first three would end the process."""
     (tmp_path / "a.png").write_bytes(encoded(picture(0)))
     (tmp_path / "metadata.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=message):

@@ -104,3 +104,9 @@ def test_a_model_without_texts_is_refused(tmp_path):
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no get_image_features"):
         load_for_clip_benchmark(str(tmp_path))
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"The revision 'v1' can't be used with .*, a folder"):
+        load_for_clip_benchmark(str(tmp_path), "v1")

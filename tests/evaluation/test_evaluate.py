@@ -1,5 +1,6 @@
 """The evaluation command and its tasks, against the models, scikit-learn and plain loops on the same pictures."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ from transformers import (
     logging,
 )
 
+from diffclip_hf.data import ImageTextCollator, load_image_text_dataset
 from diffclip_hf.evaluate import main
 from diffclip_hf.evaluation.cache import EmbeddingCache
 from diffclip_hf.evaluation.datasets import load_captioned, load_labelled, load_pairs, with_names
@@ -394,6 +396,28 @@ def test_rows_without_an_image_are_named_in_every_task(task, image, message, tmp
         RUN_TASK[task](encoder, DatasetSpec("rows.parquet", str(tmp_path / "rows.parquet")), TaskOptions())
 
 
+def test_base64_text_is_a_picture_in_evaluation_and_in_training(tmp_path):
+    files = [encoded(picture(number), "PNG") for number in range(4)]
+    texts = [base64.b64encode(file).decode() for file in files]
+    texts[1] = f"data:image/png;base64,{texts[1]}"
+    columns = {"label": ["x", "y"] * 2, "text": ["a", "b", "c", "d"]}
+    for name, images in (("bytes", files), ("base64", texts)):
+        pq.write_table(pa.table({"image": images, **columns}), tmp_path / f"{name}.parquet")
+    model, processor = diffclip()
+    parts = [
+        load_labelled(DatasetSpec(name, str(tmp_path / f"{name}.parquet")), "test", True)
+        for name in ("bytes", "base64")
+    ]
+    embeds = [Encoder(model, processor).image_embeds(part.dataset, "test") for part in parts]
+    assert torch.equal(*embeds)
+    collator = ImageTextCollator(processor, train=False)
+    found = [
+        collator(list(load_image_text_dataset(str(tmp_path / f"{name}.parquet")))) for name in ("bytes", "base64")
+    ]
+    assert torch.equal(*(batch["pixel_values"] for batch in found))
+    assert collator.counts == {"seen": 8, "corrupt_images": 0, "empty_captions": 0, "undecodable_captions": 0}
+
+
 def test_splits_of_folders_that_were_numbered_apart(tmp_path):
     """Twelve classes to learn from, of which the test part lacks two; names given by number change nothing."""
     for split, numbers in (("train", range(12)), ("test", [0, 1, 3, 4, 5, 6, 7, 8, 9, 11])):
@@ -664,6 +688,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(arguments, message, label
         (["--dataset", "imagenett"], "the presets aircraft"),
         (["--dataset", "flickr8k"], "is for retrieval, not for zero-shot"),
         (["--split", "dev"], "split is 'dev'"),
+        (["--revision", "v1"], "The revision 'v1' can't be used with"),
     ],
 )
 def test_the_command_says_what_does_not_fit(arguments, message, saved, labelled, tmp_path, caplog):

@@ -17,7 +17,14 @@ from transformers.utils import is_torchvision_available
 
 from diffclip_hf import DiffCLIPImageProcessor, DiffCLIPImageProcessorPil
 from diffclip_hf.model import image_reading_diffclip
-from diffclip_hf.model.image_reading_diffclip import check_size, open_image, read_image, to_rgb
+from diffclip_hf.model.image_reading_diffclip import (
+    check_size,
+    is_at_hand,
+    open_image,
+    read_encoded,
+    read_image,
+    to_rgb,
+)
 
 
 BACKENDS = [DiffCLIPImageProcessorPil] + [DiffCLIPImageProcessor] * is_torchvision_available()
@@ -139,6 +146,9 @@ def test_every_door_gives_the_same_pixels(make, server, tmp_path):
         rgb = read_image(source)
         assert (rgb.mode, rgb.info) == ("RGB", {}), name
         np.testing.assert_array_equal(np.asarray(rgb), expected, err_msg=name)
+        if isinstance(source, str):
+            assert read_encoded({"bytes": None, "path": source}) == data, name
+            assert is_at_hand(source), name
     for backend in BACKENDS:
         for name, source in doors.items():
             values = backend()(source, return_tensors="pt", **AS_IT_IS)["pixel_values"][0]
@@ -372,3 +382,11 @@ def test_one_line_says_what_is_wrong(source, message):
     with pytest.raises(ValueError, match=message) as raised:
         read_image(source)
     assert "\n" not in str(raised.value)
+    if isinstance(source, str):
+        with pytest.raises(ValueError, match=message):
+            read_encoded({"bytes": None, "path": source})
+
+
+@pytest.mark.parametrize("path", ["nowhere.png", "NowhereButLettersThatBase64Has", os.curdir, "a photo of a dog"])
+def test_what_is_not_at_hand(path):
+    assert not is_at_hand(path)

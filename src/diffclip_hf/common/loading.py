@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,18 @@ def find_source(name: str | os.PathLike, cache_dir: str | os.PathLike | None = N
     return text
 
 
-def _model_folder(name: str | os.PathLike, cache_dir: str | os.PathLike | None, *files: str) -> str:
-    """Return what `find_source` returns; raise a ValueError for a folder without any of these files."""
-    source = find_source(name, cache_dir)
+def _model_folder(name: str | os.PathLike, options: Mapping[str, Any], *files: str) -> str:
+    """Return what `find_source` returns, whose options may be given for the Hub, as in `from_pretrained`.
+
+    Raises:
+        ValueError: It's a file, a folder without any of these files, or a folder with a revision.
+    """
+    source = find_source(name, options.get("cache_dir"))
     folder = Path(source)
+    if options.get("revision") is not None and folder.is_dir():
+        raise ValueError(
+            f"The revision {options['revision']!r} can't be used with {source}, a folder; only the Hub has revisions."
+        )
     if folder.is_file():
         raise ValueError(f"{source} is a file; name the folder that save_pretrained wrote.")
     if folder.is_dir() and not any((folder / file).is_file() for file in files):
@@ -176,7 +184,7 @@ def load_config(name: str | os.PathLike, config_class: Any = AutoConfig, **optio
     Raises:
         ValueError: There's none, it's of another kind, or it isn't valid.
     """
-    source = _model_folder(name, options.get("cache_dir"), CONFIG)
+    source = _model_folder(name, options, CONFIG)
     with _named(source, "configuration"):
         config = AutoConfig.from_pretrained(source, **options)
     if config_class is not AutoConfig and not isinstance(config, config_class):
@@ -275,7 +283,7 @@ def load_model(
         ValueError: There's no such model, it's of another kind, or weights are missing, of another shape or for layers
             that its configuration hasn't.
     """
-    source = _model_folder(name, options.get("cache_dir"), CONFIG, ADAPTER)
+    source = _model_folder(name, options, CONFIG, ADAPTER)
     places = {key: value for key, value in options.items() if key in PLACE_OPTIONS}
     own = {key: value for key, value in places.items() if key != "trust_remote_code"}
     with _named(source, "adapter"):
@@ -369,7 +377,7 @@ def load_tokenizer(name: str | os.PathLike, tokenizer_class: Any = AutoTokenizer
     Raises:
         ValueError: There's none, or it has no vocabulary.
     """
-    source = _model_folder(name, options.get("cache_dir"), *TOKENIZER_FILES)
+    source = _model_folder(name, options, *TOKENIZER_FILES)
     with _named(source, "tokenizer"):
         tokenizer = tokenizer_class.from_pretrained(source, **options)
     check_tokenizer(tokenizer, None, source)
@@ -393,7 +401,7 @@ def load_processor(
     Raises:
         ValueError: There's no such processor, a part is missing, or the tokenizer isn't the model's.
     """
-    source = _model_folder(name, options.get("cache_dir"), *PROCESSOR_FILES)
+    source = _model_folder(name, options, *PROCESSOR_FILES)
     with _named(source, "processor"):
         processor = processor_class.from_pretrained(source, **options)
     if missing := [part for part in ("image_processor", "tokenizer") if getattr(processor, part, None) is None]:

@@ -12,6 +12,9 @@ from .shards import expand_braces
 
 # PyArrow itself takes some 60 levels of columns.
 MOST_NESTED = 500
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+# Strings have no line breaks.
+_STRING, _BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"'), re.compile(rb"[\[\]{}]")
 
 
 def local_files(source: str) -> list[Path]:
@@ -21,25 +24,36 @@ def local_files(source: str) -> list[Path]:
     return [Path(path) for pattern in expand_braces(source) for path in sorted(glob.glob(pattern))]
 
 
-def _depth(line: bytes) -> int:
-    """Return how deeply a line of JSON is nested."""
-    depth = deepest = 0
-    for mark in re.findall(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', line):
-        depth += 1 if mark in (b"[", b"{") else -1 if mark in (b"]", b"}") else 0
+def _depths(line: bytes, depth: int) -> tuple[int, int]:
+    """Return how deep in JSON a line goes at most and where it ends, if it begins at a depth."""
+    marks = _STRING.sub(b"", line)
+    opened, closed = (marks.count(one) + marks.count(other) for one, other in ((b"[", b"{"), (b"]", b"}")))
+    # Most lines have too few brackets to be looked at one by one.
+    if depth + opened <= MOST_NESTED:
+        return depth, max(depth + opened - closed, 0)
+    deepest = depth
+    for mark in _BRACKET.findall(marks):
+        depth = depth + 1 if mark in (b"[", b"{") else max(depth - 1, 0)
         deepest = max(deepest, depth)
-    return deepest
+    return deepest, depth
 
 
 def check_depth(source: str) -> None:
-    """Raise a ValueError where a folder's lines of JSON are so deep that PyArrow's parser ends the whole process."""
+    """Raise a ValueError where a folder's JSON is so deep that PyArrow's parser ends the whole process.
+
+    It reads one value over several lines too.
+    """
     for path in sorted(local_files(source)):
-        if path.suffix not in (".json", ".jsonl"):
+        if path.suffix.lower() not in JSON_SUFFIXES:
             continue
+        depth = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                # Most lines have too few brackets.
-                if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := _depth(line)) > MOST_NESTED:
-                    raise ValueError(f"Line {number} of {path} is nested {depth} deep; it may be {MOST_NESTED} deep.")
+                deepest, depth = _depths(line, depth)
+                if deepest > MOST_NESTED:
+                    raise ValueError(
+                        f"Line {number} of {path} is nested {deepest} deep; it may be {MOST_NESTED} deep."
+                    )
 
 
 def check_numbering(source: str, column: str) -> None:

@@ -84,15 +84,16 @@ def load_for_clip_benchmark(
 
     Args:
         model_name: A folder or an id on the Hub.
-        pretrained: The Hub's revision; a folder has none.
+        pretrained: The Hub's revision; of a folder `"main"`, for it has none.
         cache_dir: The Hub's cache, by default the client's own.
         device: Where the model goes, in float32.
 
     Raises:
-        ValueError: There's no such device or model, it gives no embeddings of images or texts, or weights or a part of
-            the processor are missing or another model's.
+        ValueError: There's no such device, model or revision, it gives no embeddings of images or texts, or weights or
+            a part of the processor are missing or another model's.
     """
-    options: dict[str, Any] = {"revision": pretrained, "cache_dir": cache_dir}
+    # clip_benchmark's command always names one.
+    options: dict[str, Any] = {"revision": None if pretrained == "main" else pretrained, "cache_dir": cache_dir}
     device = check_device(device)
     model = load_model(model_name, dtype=torch.float32, **options)
     processor = load_processor(model_name, model.config, **options)

@@ -16,6 +16,7 @@ from ..data.dataset_files import local_files
 from ..data.label_names import check_seen, match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from ..data.shards import names_shards
 from ..data.sources import load_image_text_dataset, load_own_labels
+from ..model.image_reading_diffclip import is_at_hand
 from .keys import files_digest, image_digest
 from .specs import DatasetSpec
 
@@ -88,7 +89,7 @@ def _check_images(spec: DatasetSpec, dataset: "datasets.Dataset", split: str) ->
         for empty, nothing, path in zip(column.is_null().to_pylist(), contents, paths, strict=True):
             if empty or (nothing and not path):
                 missing.append((row, "no image"))
-            elif nothing and "://" not in path and not os.path.isfile(path):
+            elif nothing and not is_at_hand(path):
                 missing.append((row, f"the image {path:.200}, which isn't there"))
             row += 1
     if not row:

@@ -70,7 +70,7 @@ class _Images(Dataset):
             return read_image(content), hashlib.sha256(content).digest()
         # A worker's own errors come with its traceback as a text.
         except ValueError as error:
-            path = f" ({image['path']})" if image and image["path"] else ""
+            path = f" ({image['path']:.200})" if image and image["path"] else ""
             return f"{index}{path} can't be read: {error}"
 
     def collate(self, found: list[tuple[Image.Image, bytes] | str]) -> tuple[torch.Tensor, list[bytes]] | str:

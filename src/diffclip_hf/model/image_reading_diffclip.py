@@ -341,6 +341,10 @@ def _is_url(text: str) -> bool:
     return re.match(r"https?://", text, re.IGNORECASE) is not None
 
 
+def _is_data_url(text: str) -> bool:
+    return text[:5].lower() == "data:"
+
+
 def _data_url(text: str) -> bytes:
     """Return what a data URL holds."""
     head, comma, body = text.partition(",")
@@ -363,24 +367,34 @@ def _base64(text: str) -> bytes | None:
         return None
 
 
-def _open_text(text: str) -> Image.Image:
-    """Open the picture that a path, a URL or base64 text means."""
+def _in_text(text: str) -> bytes | None:
+    """Return the picture that base64 text holds, or None where it's something else, such as a path."""
+    if len(text) < _LEAST_BASE64 or os.path.exists(text) or (data := _base64(text)) is None:
+        return None
+    try:
+        _open_encoded(data, "The base64 text").close()
+    except ValueError as error:
+        # What isn't a picture may be the name of a file that isn't there.
+        if len(text) > _LONGEST_NAME or not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+        return None
+    return data
+
+
+def _find(text: str) -> tuple[str | bytes, str]:
+    """Return the file that a path, a URL or base64 text means, as its path or what it holds, and a name for errors."""
     if _is_url(text):
-        return _open_encoded(_fetch(text), f"What the URL {text!r:.200} gives")
-    if text[:5].lower() == "data:":
-        return _open_encoded(_data_url(text), "The data URL")
-    if os.path.exists(text):
-        return _open_path(text)
+        return _fetch(text), f"What the URL {text!r:.200} gives"
+    if _is_data_url(text):
+        return _data_url(text), "The data URL"
+    if (data := _in_text(text)) is not None:
+        return data, "The base64 text"
     if _is_elsewhere(text):
-        return _open_encoded(_read_elsewhere(text), f"The file {text!r:.200}")
-    if len(text) >= _LEAST_BASE64 and (data := _base64(text)) is not None:
-        try:
-            return _open_encoded(data, "The base64 text")
-        except ValueError as error:
-            # What isn't a picture may be the name of a file that isn't there.
-            if len(text) > _LONGEST_NAME or not isinstance(error.__cause__, UnidentifiedImageError):
-                raise
-    raise NoFileError(f"There is no file {text!r:.200}; an image is given as {_TAKEN}.")
+        return _read_elsewhere(text), f"The file {text!r:.200}"
+    if not os.path.exists(text):
+        raise NoFileError(f"There is no file {text!r:.200}; an image is given as {_TAKEN}.")
+    _check_file(text)
+    return text, f"The file {text!r:.200}"
 
 
 def _open_path(path: str) -> Image.Image:
@@ -425,11 +439,26 @@ def _read_elsewhere(path: str) -> bytes:
     return data
 
 
-def read_encoded(image: Mapping[str, Any] | None) -> bytes:
-    """Return the bytes of a picture as `datasets` holds it undecoded, wherever they are.
+def is_at_hand(path: str) -> bool:
+    """Say whether there's a file of that path, or, of a URL, another file system or base64 text, whether there may be.
 
     Args:
-        image: A mapping with `bytes`, or with a `path` of a file, an http(s) URL or what fsspec opens.
+        path: Of a picture, as `datasets` holds it undecoded. Nothing is fetched.
+    """
+    if _is_url(path) or _is_data_url(path) or os.path.isfile(path) or _is_elsewhere(path):
+        return True
+    # What is base64 of a picture that can't be read is there too.
+    try:
+        return _in_text(path) is not None
+    except ValueError:
+        return True
+
+
+def read_encoded(image: Mapping[str, Any] | None) -> bytes:
+    """Return the bytes of a picture as `datasets` holds it undecoded, wherever they are, as `open_image` finds them.
+
+    Args:
+        image: A mapping with `bytes`, or with a `path` of a file, an http(s) URL, base64 text or what fsspec opens.
 
     Raises:
         ValueError: There are none, or they can't be read.
@@ -438,16 +467,13 @@ def read_encoded(image: Mapping[str, Any] | None) -> bytes:
         raise ValueError("There is no image.")
     if image.get("bytes") is not None:
         return image["bytes"]
-    path = os.fspath(image["path"])
-    if _is_url(path):
-        return _fetch(path)
-    if _is_elsewhere(path):
-        return _read_elsewhere(path)
-    _check_file(path)
+    found, name = _find(os.fspath(image["path"]))
+    if isinstance(found, bytes):
+        return found
     try:
-        return Path(path).read_bytes()
+        return Path(found).read_bytes()
     except OSError as error:
-        raise ValueError(f"The file {path!r:.200} can't be read: {error.strerror}.") from error
+        raise ValueError(f"{name} can't be read: {error.strerror}.") from error
 
 
 def _read_whole(file: Any) -> bytes:
@@ -478,7 +504,7 @@ def _open_any(source: Any) -> Image.Image:
     if source is None:
         raise ValueError("There is no image: it is None.")
     if isinstance(source, str):
-        return _open_text(source)
+        return _open_encoded(*_find(source))
     if isinstance(source, os.PathLike):
         return _open_path(os.fsdecode(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -528,4 +554,4 @@ def read_image(source: Any) -> Image.Image:
             raise ValueError(f"The picture is damaged: {_one_line(error)}") from error
 
 
-__all__ = ["check_size", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]
+__all__ = ["check_size", "is_at_hand", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]
