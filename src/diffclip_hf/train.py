@@ -239,11 +239,13 @@ def classification_parts(
     """Return what trains a `DiffCLIPForImageClassification` on images with labels.
 
     Raises:
-        ValueError: eval_data has a label that train_data has no rows of.
+        ValueError: train_data has fewer than two labels, or eval_data one that train_data has no rows of.
     """
     columns = {"image_column": data_args.image_column, "label_column": data_args.label_column}
     assert data_args.train_data is not None
     train_dataset, labels = load_image_label_dataset(data_args.train_data, split=data_args.train_split, **columns)
+    if len(labels) < 2:
+        raise ValueError(f"train_data has {len(labels)} label; there must be at least 2 to tell apart.")
     known = None if model_args.model_name_or_path is None else classifier_labels(model_args.model_name_or_path)
     if known is not None and set(known) == set(labels):
         # Each label keeps what the classifier has learned of it.

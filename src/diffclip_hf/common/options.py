@@ -131,14 +131,14 @@ class OptionParser(HfArgumentParser):
 
     Args:
         classes: The data classes.
-        words: Option → boolean → what it stands for there, where an option takes words.
+        words: Option → boolean or None → what it stands for there, where an option takes words.
         kwargs: As in `argparse.ArgumentParser`.
 
     Raises:
         ValueError: From the parsing, where an option or its value doesn't fit.
     """
 
-    def __init__(self, classes: Sequence[type], words: dict[str, dict[bool, Any]], **kwargs: Any):
+    def __init__(self, classes: Sequence[type], words: dict[str, dict[bool | None, Any]], **kwargs: Any):
         self.options: dict[str, argparse.Action] = {}
         self.words, self.parts = words, len(classes)
         hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
@@ -199,7 +199,7 @@ class OptionParser(HfArgumentParser):
         if value is None:
             if type(None) not in kinds:
                 raise ValueError(f"{option} is null; it must be {self._wanted(name)}, or left out for the default.")
-            return None
+            return self.words.get(name, {}).get(None)
         if isinstance(value, dict):
             if dict not in kinds:
                 raise ValueError(f"{option} holds fields by name; it must be {self._wanted(name)}.")

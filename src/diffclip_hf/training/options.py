@@ -39,10 +39,10 @@ paper's settings); options on the command line override it. The options are thos
 """
 # Of a configuration's JSON, what isn't among its fields.
 CONFIG_EXTRAS = ("auto_map", "num_labels", "output_attentions", "torch_dtype", "_name_or_path")
-# What YAML's booleans stand for in options that take words.
-BOOLEAN_WORDS: dict[str, dict[bool, Any]] = {
+# What YAML's booleans and null stand for in options that take words.
+BOOLEAN_WORDS: dict[str, dict[bool | None, Any]] = {
     "resume_from_checkpoint": {True: "last", False: None},
-    "report_to": {False: "none"},
+    "report_to": {False: "none", None: "none"},
     "fsdp": {True: True, False: None},
     "trackio_static_space_id": {False: False},
 }
@@ -348,11 +348,25 @@ def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: D
         (args, "learning_rate", 0),
         (args, "weight_decay", 0),
         (args, "max_grad_norm", 0),
+        (args, "save_steps", 0),
+        (args, "eval_steps", 0),
+        (args, "save_total_limit", 1),
+        (args, "dataloader_prefetch_factor", 1),
+        (args, "adam_epsilon", 0),
     ):
         value = getattr(owner, name)
         # Not `<`, which NaN passes.
         if value is not None and not (value >= least and math.isfinite(value)):
             raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    for owner, name, is_allowed, allowed in (
+        (args, "save_steps", args.save_steps > 0, "more than 0; save_strategy='no' saves no checkpoints"),
+        (model_args, "lora_alpha", (alpha := model_args.lora_alpha) is None or 0 < alpha < math.inf, "more than 0"),
+        (model_args, "lora_dropout", 0 <= model_args.lora_dropout < 1, "in 0..1, not 1"),
+        (args, "adam_beta1", 0 <= args.adam_beta1 < 1, "in 0..1, not 1"),
+        (args, "adam_beta2", 0 <= args.adam_beta2 < 1, "in 0..1, not 1"),
+    ):
+        if not is_allowed:
+            raise ValueError(f"{name} is {getattr(owner, name)}; it must be {allowed}.")
     if args.max_steps != -1 and args.max_steps < 1:
         raise ValueError(f"max_steps is {args.max_steps}; it must be at least 1, or -1 to go by num_train_epochs.")
     if not (args.num_train_epochs > 0 and math.isfinite(args.num_train_epochs)):
