@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.common.machine import describe_machine, describe_versions
-from diffclip_hf.data.sources import ImageTextCollator, ImageTextShards
+from diffclip_hf.data import ImageTextCollator, ImageTextShards
 
 
 ROOT = Path(__file__).parent.parent

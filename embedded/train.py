@@ -25,7 +25,7 @@ from diffclip_hf import (
     DiffCLIPProcessor,
     add_remote_code,
 )
-from diffclip_hf.training.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
+from diffclip_hf.training import DiffCLIPTrainer, DiffCLIPTrainingArguments
 
 
 logger = logging.getLogger("train")

@@ -9,7 +9,7 @@ from tokenizer_helper import tiny_clip_tokenizer
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
-from diffclip_hf.training.trainer import DiffCLIPTrainingArguments, ZeroShotTask
+from diffclip_hf.training import DiffCLIPTrainingArguments, ZeroShotTask
 
 
 class Pairs(Dataset):

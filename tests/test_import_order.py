@@ -31,6 +31,9 @@ ARROWS = {
 }
 # What may be imported without a guard in code that travels: Transformers refuses to load it where one is missing.
 TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+# What an extra brings → the rooms that may import it at their top, where nothing works without it.
+EXTRAS: dict[str, set[str]] = {"accelerate": {"training"}, "gradio": {"demo"}}
+EXTRAS |= {name: set() for name in ("datasets", "fsspec", "matplotlib", "onnx", "onnxruntime", "peft", "sklearn")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -111,6 +114,17 @@ def test_the_code_that_travels_imports_what_everyone_has(name):
             modules = [node.module]
         roots = {module.split(".")[0] for module in modules}
         assert roots <= TRAVELLING_IMPORTS | set(sys.stdlib_module_names), roots
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_an_extra_brings_is_imported_where_it_is_needed(path):
+    """So that each room can be imported with the packages of its own extra."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module]
+        for root in {module.split(".")[0] for module in modules} & set(EXTRAS):
+            assert place_of(name_of(path)) in EXTRAS[root], f"{path} imports {root} at its top"
 
 
 def test_the_demo_works_outside_the_package():

@@ -23,6 +23,7 @@ from torch import nn
 from .common.commands import run_command, stop_without_extra
 from .common.loading import check_path, check_tokenizer, load_config, load_model, load_processor, load_tokenizer
 from .common.whole_files import check_output_file
+from .data import ImageLabelCollator, ImageTextCollator, load_image_label_dataset, load_image_text_dataset
 from .data.label_names import check_seen, match_labels, renumbered
 from .model.configuration_diffclip import DiffCLIPConfig
 from .model.image_processing_diffclip import DiffCLIPImageProcessorPil
@@ -36,12 +37,7 @@ try:
     import accelerate  # noqa: F401
     from transformers import set_seed
 
-    from .data.sources import (
-        ImageLabelCollator,
-        ImageTextCollator,
-        load_image_label_dataset,
-        load_image_text_dataset,
-    )
+    from .training import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
     from .training.checkpoints import last_checkpoint
     from .training.options import (
         CONTRASTIVE,
@@ -51,7 +47,6 @@ try:
         parse_arguments,
         zero_shot_templates,
     )
-    from .training.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
 except ModuleNotFoundError as error:
     stop_without_extra(error, "training", __name__)
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from training_samples import sample, tiny_processor, write_tar
 
 from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, ZeroShotClassifier
-from diffclip_hf.data.sources import ImageLabelCollator, ImageTextCollator, load_image_text_dataset
-from diffclip_hf.training.trainer import DiffCLIPTrainer, ZeroShotTask
+from diffclip_hf.data import ImageLabelCollator, ImageTextCollator, load_image_text_dataset
+from diffclip_hf.training import DiffCLIPTrainer, ZeroShotTask
 
 
 ROWS = 11

@@ -13,10 +13,10 @@ from tiny import randomised
 from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 
 from diffclip_hf import DiffCLIPForImageClassification
+from diffclip_hf.data import load_image_label_dataset
 from diffclip_hf.data.label_names import label_numbers, match_labels, name_labels, read_label_names
-from diffclip_hf.data.sources import load_image_label_dataset
 from diffclip_hf.train import DataArguments, ModelArguments, classification_parts
-from diffclip_hf.training.trainer import DiffCLIPTrainingArguments
+from diffclip_hf.training import DiffCLIPTrainingArguments
 
 
 def named(labels, names):

@@ -4,12 +4,16 @@ import io
 import itertools
 import json
 import logging
+import os
 import pickle
+import zipfile
 import zlib
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
@@ -18,18 +22,17 @@ from training_samples import encoded, picture, sample, tiny_pair_model, tiny_pro
 from transformers import Trainer
 from transformers.utils import is_torchvision_available
 
-from diffclip_hf.data.sources import (
+from diffclip_hf.data import (
     ImageLabelCollator,
     ImageTextCollator,
     ImageTextShards,
-    decode_crop,
     load_image_label_dataset,
     load_image_text_dataset,
-    random_crop_box,
 )
+from diffclip_hf.data.crops import decode_crop, random_crop_box
 from diffclip_hf.model import image_reading_diffclip
-from diffclip_hf.model.image_reading_diffclip import open_image
-from diffclip_hf.training.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
+from diffclip_hf.model.image_reading_diffclip import open_image, read_encoded
+from diffclip_hf.training import DiffCLIPTrainer, DiffCLIPTrainingArguments
 
 
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision isn't installed")
@@ -163,6 +166,58 @@ def test_lists_of_captions(tmp_path):
     dataset = pair_dataset(2).remove_columns("caption").add_column("captions", [["a", "b"], ["c"]])
     dataset.save_to_disk(tmp_path)
     assert load_image_text_dataset(str(tmp_path))["caption"][:] == [["a", "b"], ["c"]]
+
+
+def flat(word: str) -> bytes:
+    """A picture of one colour, whose file is as large whatever the colour."""
+    return encoded(Image.new("RGB", (4, 4), word), "BMP")
+
+
+def write_words(path: Path, words: list[str]) -> None:
+    """Write pictures of colours that are captioned and labelled by their names: a table, an archive, or captions."""
+    named = dict(zip(("a.bmp", "b.bmp"), words, strict=True))
+    lines = "\n".join(json.dumps({"file_name": name, "text": word}) for name, word in named.items())
+    if path.suffix == ".parquet":
+        columns = {"image": [{"bytes": flat(word), "path": None} for word in words], "label": words, "text": words}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="NONE")
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name, word in named.items():
+                file.writestr(zipfile.ZipInfo(name), flat(word))
+            file.writestr(zipfile.ZipInfo("metadata.jsonl"), lines)
+    else:
+        path.write_text(lines)
+        for picture_path in (path.with_name(name) for name in named):
+            if not picture_path.exists():
+                picture_path.write_bytes(flat("red"))
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "**/*.parquet", "data_files", "labels", "a.zip", "metadata.jsonl"])
+def test_files_that_changed_under_the_same_name_and_time_are_read_anew(kind, tmp_path, monkeypatch):
+    """`datasets` takes them for what it has read before."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / (kind if kind in ("a.zip", "metadata.jsonl") else "a.parquet")
+
+    def read() -> list[tuple[str, bytes]]:
+        if kind == "labels":
+            found, names = load_image_label_dataset(str(path))
+            return [(names[row["label"]], read_encoded(row["image"])) for row in found]
+        if kind == "data_files":
+            found = load_image_text_dataset("parquet", data_files={"train": [str(path)]})
+        else:
+            found = load_image_text_dataset(str(folder / kind) if "parquet" in kind else str(folder))
+        return [(row["caption"], read_encoded(row["image"])) for row in found]
+
+    status = None
+    for words in (["red", "tan"], ["tan", "red"]):
+        write_words(path, words)
+        if status is not None:
+            assert path.stat().st_size == status.st_size, "else the size tells"
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        status = path.stat()
+        assert read() == [(word, flat("red" if path.suffix == ".jsonl" else word)) for word in words]
 
 
 # The pictures.

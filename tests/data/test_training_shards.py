@@ -16,8 +16,8 @@ from accelerate.data_loader import skip_first_batches
 from torch.utils.data import DataLoader
 from training_samples import encoded, picture, sample, tiny_processor, write_shards, write_tar
 
+from diffclip_hf.data import ImageTextCollator, ImageTextShards
 from diffclip_hf.data.shards import expand_braces, find_shards
-from diffclip_hf.data.sources import ImageTextCollator, ImageTextShards
 
 
 @pytest.fixture(autouse=True)

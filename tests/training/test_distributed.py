@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+from diffclip_hf.training import DiffCLIPTrainer, DiffCLIPTrainingArguments
 from diffclip_hf.training.gradient_cache import backward_in_chunks
-from diffclip_hf.training.trainer import DiffCLIPTrainer, DiffCLIPTrainingArguments
 
 
 PAIRS = 8

@@ -16,8 +16,8 @@ from tiny import tiny_model
 from torch.multiprocessing import ProcessExitedException
 from transformers import TrainerCallback
 
+from diffclip_hf.training import DiffCLIPTrainer
 from diffclip_hf.training.checkpoints import is_complete, last_checkpoint
-from diffclip_hf.training.trainer import DiffCLIPTrainer
 
 
 TOLERANCE = 1e-6

@@ -21,7 +21,7 @@ from training_samples import picture, tiny_pair_model, tiny_processor, write_sha
 from transformers import AutoModel, AutoProcessor, get_scheduler, set_seed
 
 from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, train
-from diffclip_hf.data.sources import ImageTextCollator, ImageTextShards
+from diffclip_hf.data import ImageTextCollator, ImageTextShards
 from diffclip_hf.train import build_config, build_model, main, parse_arguments
 
 

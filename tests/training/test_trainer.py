@@ -30,8 +30,8 @@ from diffclip_hf import (
     ZeroShotClassifier,
 )
 from diffclip_hf.model.loss_diffclip import image_text_contrastive_loss
+from diffclip_hf.training import DiffCLIPTrainer, ZeroShotTask
 from diffclip_hf.training.gradient_cache import backward_in_chunks
-from diffclip_hf.training.trainer import DiffCLIPTrainer, ZeroShotTask
 
 
 TOLERANCE = 1e-6

@@ -1,7 +1,8 @@
 """Pictures with captions or labels: where they come from, how they become batches, and what is counted."""
 
+from .collators import ImageLabelCollator, ImageTextCollator
 from .shards import ImageTextShards
-from .sources import ImageLabelCollator, ImageTextCollator, load_image_label_dataset, load_image_text_dataset
+from .sources import load_image_label_dataset, load_image_text_dataset
 
 
 __all__ = [

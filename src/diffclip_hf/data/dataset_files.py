@@ -1,12 +1,16 @@
 """The files of a data set that is here, and what has to be looked at before `datasets` reads them."""
 
 import glob
+import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..model.hub_cache_diffclip import sha256_of
+from ..model.image_reading_diffclip import RASTER_FORMATS
 from .shards import expand_braces
 
 
@@ -15,13 +19,60 @@ MOST_NESTED = 500
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 # Strings have no line breaks.
 _STRING, _BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"'), re.compile(rb"[\[\]{}]")
+_PICTURES = {f".{name.lower()}" for name in RASTER_FORMATS} | {".jpg", ".tif", ".heic", ".jp2"}
 
 
 def local_files(source: str) -> list[Path]:
     """Return the files of a folder, or those that a file's name or pattern stands for; none of what isn't here."""
     if os.path.isdir(source):
         return [path for path in Path(source).rglob("*") if path.is_file()]
-    return [Path(path) for pattern in expand_braces(source) for path in sorted(glob.glob(pattern))]
+    paths = (Path(path) for pattern in expand_braces(source) for path in sorted(glob.glob(pattern, recursive=True)))
+    return [path for path in paths if path.is_file()]
+
+
+def _content_digest(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of files' paths, and of what they hold where they aren't pictures.
+
+    Pictures are known to a data set by their paths, and read anew each time.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path.absolute() for path in paths}):
+        digest.update(f"{path}\n".encode(errors="surrogateescape"))
+        if path.suffix.lower() in _PICTURES:
+            continue
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()
+
+
+def _texts(nested: Any) -> list[str]:
+    """Return the texts in a nest of lists and mappings."""
+    if isinstance(nested, Mapping):
+        nested = list(nested.values())
+    if isinstance(nested, (list, tuple)):
+        return [text for part in nested for text in _texts(part)]
+    return [] if nested is None else [os.fspath(nested)]
+
+
+def content_cache(source: str, load_options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the option `cache_dir` with which `datasets` reads local files anew where they hold something else.
+
+    By itself it knows them by their paths, sizes and times, and what a zip file holds by the zip file's path, so that
+    it may give what was there before. The folder is named after what they hold, which is read through once; pictures
+    that lie in a folder aren't, since `datasets` keeps none of them.
+
+    Args:
+        source: What `datasets.load_dataset` is to read: a folder, a file, or a pattern with `*` and braces. Of what
+            isn't here nothing is returned.
+        load_options: Its further arguments, of which `data_dir` and `data_files` may name files too.
+    """
+    import datasets
+
+    places = [source, *_texts(load_options.get("data_dir")), *_texts(load_options.get("data_files"))]
+    files = [file for place in places for file in local_files(place)]
+    if not files or load_options.get("streaming"):
+        return {}
+    folder = load_options.get("cache_dir") or datasets.config.HF_DATASETS_CACHE
+    return {"cache_dir": os.path.join(folder, "diffclip_hf", _content_digest(files)[:32])}
 
 
 def _depths(line: bytes, depth: int) -> tuple[int, int]:
@@ -77,4 +128,4 @@ def check_numbering(source: str, column: str) -> None:
             )
 
 
-__all__ = ["check_depth", "check_numbering", "local_files"]
+__all__ = ["check_depth", "check_numbering", "content_cache", "local_files"]

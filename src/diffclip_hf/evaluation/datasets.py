@@ -5,19 +5,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..common.commands import require_extra
 from ..data.counts import non_empty_captions
-from ..data.dataset_files import local_files
 from ..data.label_names import check_seen, match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from ..data.shards import names_shards
 from ..data.sources import load_image_text_dataset, load_own_labels
 from ..model.image_reading_diffclip import is_at_hand
-from .keys import files_digest, image_digest
+from .keys import image_digest
 from .specs import DatasetSpec
 
 
@@ -98,21 +97,6 @@ def _check_images(spec: DatasetSpec, dataset: "datasets.Dataset", split: str) ->
         raise _refusal(spec, split, *missing[0], len(missing), row)
 
 
-def _load_options(source: str) -> dict[str, Any]:
-    """Return what makes `datasets` read local files anew where they hold something else than before.
-
-    It knows them by their times, and what a zip file holds by the zip file's path.
-    """
-    import datasets
-
-    saved = any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    if saved or not (files := local_files(source)):
-        return {}
-    root = Path(source) if os.path.isdir(source) else Path(os.path.commonpath([file.parent for file in files]))
-    digest = files_digest(files, root)
-    return {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / "diffclip_hf" / digest[:32])}
-
-
 def _check_source(spec: DatasetSpec) -> None:
     require_extra("evaluation", "datasets")
     if names_shards(spec.source):
@@ -123,11 +107,7 @@ def _load_own(spec: DatasetSpec, split: str, label_column: str | None) -> "tuple
     """Open images with labels, of which each has an image, as `load_own_labels` does."""
     _check_source(spec)
     dataset, own, column = load_own_labels(
-        spec.source,
-        split=split,
-        image_column=spec.image_column,
-        label_column=label_column,
-        **_load_options(spec.source),
+        spec.source, split=split, image_column=spec.image_column, label_column=label_column
     )
     _check_images(spec, dataset, split)
     return dataset, own, column
@@ -194,11 +174,7 @@ def _load_rows(spec: DatasetSpec, split: str) -> "datasets.Dataset":
     """Open images with captions, of which each has an image, as `load_image_text_dataset` does."""
     _check_source(spec)
     dataset = load_image_text_dataset(
-        spec.source,
-        split=split,
-        image_column=spec.image_column,
-        caption_column=spec.caption_column,
-        **_load_options(spec.source),
+        spec.source, split=split, image_column=spec.image_column, caption_column=spec.caption_column
     )
     _check_images(spec, dataset, split)
     return dataset

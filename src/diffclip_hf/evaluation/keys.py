@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.hub_cache_diffclip import sha256_of
-from ..model.image_reading_diffclip import RASTER_FORMATS, read_encoded
+from ..model.image_reading_diffclip import read_encoded
 
 
 # What a configuration says of where it comes from rather than of what is computed; weights have a dtype of their own.
@@ -291,27 +291,11 @@ def image_digest(image: Mapping[str, Any] | None) -> bytes:
     return hashlib.sha256(read_encoded(image)).digest()
 
 
-def files_digest(paths: Iterable[Path], root: Path) -> str:
-    """Return the SHA-256 of files' names below a folder, and of what they hold where they aren't pictures.
-
-    Pictures are known to a data set by their paths, and read anew each time.
-    """
-    suffixes = {f".{name.lower()}" for name in RASTER_FORMATS} | {".jpg", ".tif", ".heic", ".jp2"}
-    digest = hashlib.sha256(f"{root.resolve()}\n".encode(errors="surrogateescape"))
-    for path in sorted(paths):
-        digest.update(f"{os.path.relpath(path, root)}\n".encode(errors="surrogateescape"))
-        if path.suffix.lower() in suffixes or not path.is_file():
-            continue
-        digest.update(sha256_of(path).encode())
-    return digest.hexdigest()
-
-
 __all__ = [
     "UnknownContentError",
     "describe",
     "describe_model",
     "describe_run",
-    "files_digest",
     "fingerprint",
     "image_digest",
     "model_fingerprint",

@@ -12,7 +12,7 @@ from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..data.counts import DataPass
+from .data_pass import DataPass
 
 
 class SharedBatchSampler(Sampler[list[int]]):

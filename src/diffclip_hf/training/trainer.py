@@ -23,11 +23,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from transformers.utils import CONFIG_NAME
 
 from ..common.remote_code import add_remote_code
-from ..data.counts import DataPass
 from ..data.retrieval_metrics import recall_at_k
 from ..model.loss_diffclip import symmetric_cross_entropy
 from ..zero_shot import label_texts, mean_label_embeds
 from .checkpoints import is_complete, last_checkpoint
+from .data_pass import DataPass
 from .gradient_cache import backward_in_chunks
 from .shared_batches import (
     EvenLoader,
