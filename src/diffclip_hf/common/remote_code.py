@@ -101,7 +101,7 @@ def files_to_share(folder: str | os.PathLike, also: Iterable[str] = ()) -> list[
         )
     if not any(name.endswith(".safetensors") for name in weights):
         raise ValueError(f"{folder} has no model.safetensors, and no other weights are shared; save the model again.")
-    if left_out := [name for name in names if name not in {*found, *CODE_FILES}]:
+    if left_out := [name for name in names if name not in {*found, *CODE_FILES, "README.md"}]:
         logger.warning("Left out, as no part of a model's repository: %s.", ", ".join(left_out))
     return [folder / name for name in found if (folder / name).is_file()]
 
