@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .blocked_attention_diffclip import blocked_differential_attention, blocked_forward, fits_one_block, score_bias
+from .precision_diffclip import at_least_float32
 
 
 # The name of the Triton kernels, `kernels_diffclip`, which differential attention modules call themselves. What is
@@ -38,7 +39,7 @@ def compute_lambda(
 
     Source: paper arXiv 2503.06626, section 3; one λ a layer, shared by its head pairs.
     """
-    wide = torch.promote_types(lambda_q1.dtype, torch.float32)
+    wide = at_least_float32(lambda_q1.dtype)
     first = torch.exp(torch.sum(lambda_q1.to(wide) * lambda_k1.to(wide)))
     second = torch.exp(torch.sum(lambda_q2.to(wide) * lambda_k2.to(wide)))
     return first - second + lambda_init
@@ -90,8 +91,7 @@ def attention_maps(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    return nn.functional.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(query.dtype)
 
 
 def eager_attention_forward(

@@ -110,6 +110,33 @@ def check_text_companion(name: str, value: Any, input_ids: torch.Tensor, largest
         raise ValueError(f"{name} holds {least if least < 0 else most}; it must hold numbers from 0 to {largest}.")
 
 
+def check_token_rows(
+    input_ids: torch.Tensor, has_end: torch.Tensor, eos_token_id: int | list[int], vocab_size: int
+) -> None:
+    """Raise a ValueError for ids outside the vocabulary, and for rows without an end-of-text token.
+
+    Args:
+        input_ids: Token ids, (batch, tokens).
+        has_end: Which rows have an end-of-text token, bool, (batch,).
+        eos_token_id: That token's id, or several.
+        vocab_size: The number of ids.
+    """
+    is_known = (input_ids >= 0) & (input_ids < vocab_size)
+    # One wait for a GPU rather than two.
+    if (is_known.all(-1) & has_end).all():
+        return
+    if not is_known.all():
+        raise ValueError(
+            f"input_ids holds {input_ids[~is_known][0].item()}; an id must be from 0 to {vocab_size - 1} "
+            "(config.vocab_size - 1). Take the tokenizer saved with this model."
+        )
+    rows = (~has_end).nonzero().flatten().tolist()
+    raise ValueError(
+        f"input_ids has no end-of-text token in rows {rows}; each row must hold {eos_token_id} "
+        "(config.eos_token_id), whose position is pooled. Tokenize with truncation=True, which keeps it."
+    )
+
+
 def check_pixel_values(pixel_values: Any, num_channels: int) -> torch.Tensor:
     """Return `pixel_values`, or raise an error with one plain line where they can't be images, (batch, channels, …).
 
@@ -164,4 +191,5 @@ __all__ = [
     "check_labels",
     "check_pixel_values",
     "check_text_companion",
+    "check_token_rows",
 ]

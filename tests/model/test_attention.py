@@ -9,7 +9,7 @@ from tolerances import HALF_PRECISION, PARITY_WITH_ORIGINAL, assert_gradients_cl
 
 from diffclip_hf import differential_attention_map
 from diffclip_hf.model.attention_diffclip import compute_lambda
-from diffclip_hf.model.modeling_diffclip import DiffCLIPAttention, DiffCLIPDifferentialAttention, DiffCLIPRMSNorm
+from diffclip_hf.model.layers_diffclip import DiffCLIPAttention, DiffCLIPDifferentialAttention, DiffCLIPRMSNorm
 
 
 def attention(attention_type: str, causal: bool, layer_idx: int = 2, **fields) -> DiffCLIPAttention:

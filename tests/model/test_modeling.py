@@ -28,7 +28,7 @@ from diffclip_hf import (
     DiffCLIPVisionModelWithProjection,
     differential_attention_map,
 )
-from diffclip_hf.model.modeling_diffclip import DiffCLIPDifferentialAttention
+from diffclip_hf.model.layers_diffclip import DiffCLIPDifferentialAttention
 
 
 ATTENTION_TYPES = ["differential", "standard"]

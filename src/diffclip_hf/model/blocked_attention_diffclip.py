@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .precision_diffclip import at_least_float32
+
 
 # Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/speed.py. Smaller
 # blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
@@ -99,7 +101,7 @@ def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, sca
         beta=beta,
         alpha=scaling,
     )
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
 
 
 def blocked_forward(

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy, pad
 
+from .precision_diffclip import at_least_float32
+
 
 class _GatherRows(torch.autograd.Function):
     """Stack every process's rows, (processes, *rows.shape); all must have the same shape.
@@ -22,8 +24,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         # At least in float32, in which half precision's gradients are summed without rounding each sum.
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        summed = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
+        summed = gradient.to(at_least_float32(gradient.dtype), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(summed)
         return summed[dist.get_rank()].to(gradient.dtype)
 
