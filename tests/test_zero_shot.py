@@ -452,6 +452,7 @@ def test_a_long_label_is_cut_with_one_warning(model, processor, images):
         ({"labels": {"cat": ["pizza \ud83c"]}}, r"The text 'pizza \ud83c' has half a character at place 6"),
         ({"batch_size": "8"}, "batch_size is '8'"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": True}, "batch_size is True"),
         ({"text_batch_size": -1}, "text_batch_size is -1"),
         ({"processor": object()}, "processor is a object, which has no tokenizer and no image_processor"),
         ({"model": torch.nn.Linear(1, 1)}, "model is a Linear, which has no get_text_features"),
@@ -495,6 +496,7 @@ def test_images_that_are_refused(model, processor, images, folder, dataset, tmp_
     refused([images[0], tmp_path / "empty"], "empty", "no pictures")
     refused(3, "images is of type int")
     refused(images, "top_k is 0", top_k=0)
+    refused(images, "top_k is True", top_k=True)
 
     refused(datasets.DatasetDict(train=dataset), "'train'")
     refused(dataset, "Row 0", "photo", "'nothing'", image_column="nothing")

@@ -84,12 +84,16 @@ def orientation(image: Image.Image) -> int:
 
 def _decode(image: Image.Image) -> None:
     """Decode an image, and leave metadata that stands behind its pixels where it is broken."""
+    tiles = list(getattr(image, "tile", ()))
     try:
         image.load()
     except Exception as error:
         # Nothing is left to decode, and what Pillow says of pixels is an OSError.
         done = isinstance(image, ImageFile.ImageFile) and not image.tile and not isinstance(error, OSError)
         if not done or image.format not in ("PNG", "TIFF"):
+            if isinstance(image, ImageFile.ImageFile):
+                # Else Pillow would take what it has decoded for the whole, the next time that the image is used.
+                image.tile = tiles
             raise
         image.load()
 

@@ -273,7 +273,7 @@ class ZeroShotClassifier:
         if batch_size is None:
             batch_size = CPU_BATCH_SIZE if execution_device(model).type == "cpu" else BATCH_SIZE
         for name, value in (("batch_size", batch_size), ("text_batch_size", text_batch_size)):
-            if not isinstance(value, Integral) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         # Transformers' types know nothing of what a model class has of its own.
         self.model: Any = model
@@ -305,7 +305,7 @@ class ZeroShotClassifier:
         Raises:
             ValueError: `top_k` is below 1; or, with its index or path, an image can't be read.
         """
-        if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all labels.")
         return self._stream(images, top_k, image_column)
 

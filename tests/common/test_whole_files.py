@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from diffclip_hf.common import whole_files
-from diffclip_hf.common.whole_files import check_output_file, check_output_folder, write_whole, written_whole
+from diffclip_hf.common.whole_files import (
+    check_output_file,
+    check_output_folder,
+    write_text_whole,
+    write_whole,
+    written_whole,
+)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -169,4 +175,15 @@ def test_a_file_that_could_not_be_written_in_the_end_is_refused_before(elsewhere
         with pytest.raises(OSError, match=re.escape(words)):
             check_output_file(path)
     assert sorted(elsewhere.iterdir()) == before
+    assert not list(Path().iterdir())
+
+
+def test_a_tilde_is_the_home_folder(elsewhere, monkeypatch):
+    monkeypatch.setenv("HOME", str(elsewhere / "home"))
+    assert check_output_folder("~/out") == elsewhere / "home" / "out"
+    with written_whole(Path("~/out")) as beside:
+        (beside / "a").write_text("b")
+    check_output_file("~/file")
+    write_text_whole(Path("~/file"), "c")
+    assert [(elsewhere / "home" / name).read_text() for name in ("out/a", "file")] == ["b", "c"]
     assert not list(Path().iterdir())

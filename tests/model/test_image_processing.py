@@ -1,3 +1,4 @@
+import io
 import json
 import sys
 
@@ -226,6 +227,9 @@ def test_every_layout_of_an_array_gives_the_same(backend):
         "reversed twice": array[::-1].copy()[::-1],
         "int64": array.astype(np.int64),
         "uint16": array.astype(np.uint16) * 257,
+        "uint32": array.astype(np.uint32),
+        "uint64": array.astype(np.uint64),
+        "another byte order": array.astype(">i4"),
         "opaque": np.concatenate([array, np.full((50, 60, 1), 255, np.uint8)], axis=-1),
         "tensor first": torch.from_numpy(array).permute(2, 0, 1),
         "tensor last": torch.from_numpy(array),
@@ -237,6 +241,12 @@ def test_every_layout_of_an_array_gives_the_same(backend):
     for name, image in given.items():
         assert torch.equal(pixels(processor, image), expected), name
     floats = pixels(processor, array.astype(np.float64))
+    assert torch.equal(pixels(processor, array.astype(">f8")), floats)
+    assert torch.equal(pixels(processor, torch.from_numpy(array).double().requires_grad_()), floats)
+    with pytest.raises(ValueError, match="complex128; its values must be real numbers"):
+        processor(array.astype(complex))
+    with pytest.raises(ValueError, match="values above 2⁶³"):
+        processor(np.full((9, 9, 3), 2**64 - 1, np.uint64))
     assert (levels(floats) - levels(expected)).abs().max() <= ROUNDING_LEVELS
     torch.testing.assert_close(pixels(processor, array / 255, do_rescale=False), floats, rtol=0, atol=FLOAT_RESIZE)
     torch.testing.assert_close(
@@ -397,3 +407,16 @@ def test_image_classification_pipeline_with_only_an_image_processor(tmp_path):
     answers = pipeline("image-classification", model=str(tmp_path))(Image.new("RGB", (50, 40), "red"))
     assert len(answers) == 3
     assert sum(answer["score"] for answer in answers) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_open_image_that_is_damaged_is_refused_each_time(backend):
+    """Pillow takes what it could decode for the whole picture, from the second time on."""
+    file = io.BytesIO()
+    Image.fromarray(noise((90, 80))).save(file, "PNG")
+    whole = file.getvalue()
+    for damaged in (whole[: len(whole) // 2], whole[:5000] + b"\xff" * 50 + whole[5050:]):
+        image = Image.open(io.BytesIO(damaged))
+        for _ in range(3):
+            with pytest.raises(ValueError, match="The picture is damaged: "):
+                backend()(image)

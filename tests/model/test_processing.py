@@ -1,4 +1,5 @@
 import json
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -101,7 +102,12 @@ OPTIONS = [
         (False, True),
         (None, 5, 100),
         (True, False),
-        ({}, {"padding_side": "left", "return_attention_mask": False}),
+        (
+            {},
+            {"padding_side": "left", "return_attention_mask": False},
+            {"stride": 1, "return_overflowing_tokens": True, "return_length": True},
+            {"return_offsets_mapping": True, "return_special_tokens_mask": True, "return_token_type_ids": True},
+        ),
     )
 ]
 
@@ -112,7 +118,7 @@ def test_the_tokenizer_gives_what_clips_gives(text, side):
     clip, ours = (tiny_clip_tokenizer(one, truncation_side=side) for one in TOKENIZERS)
     for options in OPTIONS:
         expected, actual = clip(text, verbose=False, **options), ours(text, verbose=False, **options)
-        assert actual.data == expected.data
+        assert actual.data == expected.data, options
         for one, other in zip(actual.encodings, expected.encodings, strict=True):
             assert (one.tokens, one.offsets, one.word_ids) == (other.tokens, other.offsets, other.word_ids)
             assert one.special_tokens_mask == other.special_tokens_mask
@@ -149,6 +155,55 @@ def test_threads_share_a_processor(tokenizer_class):
     assert set(seen) == {(None, None)}
 
 
+@pytest.mark.parametrize("tokenizer_class", TOKENIZERS)
+def test_threads_share_a_processor_whatever_they_ask_of_it(tokenizer_class):
+    """Pairs too, and what Transformers' tokenizers return beside the ids."""
+    processor, clip = tiny_processor(tokenizer_class), tiny_clip_tokenizer()
+    cut = {"padding": False, "truncation": True}
+    calls = [
+        (LONG, {**cut, "max_length": 9, "stride": 2, "return_overflowing_tokens": True}),
+        ("ab", {**cut, "return_offsets_mapping": True}),
+        (["a", "ab"], {"padding": True, "truncation": False, "return_special_tokens_mask": True}),
+        (LONG, {**cut, "max_length": 20, "text_pair": "b", "padding": "max_length"}),
+        (["b <|endoftext|>"], {**cut, "split_special_tokens": True}),
+    ]
+    expected = [clip(text, **options).data for text, options in calls]
+    # Of a processor Transformers takes this one in text_kwargs alone.
+    calls[-1] = (calls[-1][0], {**cut, "text_kwargs": {"split_special_tokens": True}})
+    backend = processor.tokenizer.backend_tokenizer
+    seen = set()
+
+    def call(index):
+        text, options = calls[index % len(calls)]
+        inputs = processor(text=text, **options)
+        seen.add((backend.truncation, backend.padding, backend.encode_special_tokens))
+        return inputs.data == expected[index % len(calls)]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(call, range(300)))
+    assert seen == {(None, None, False)}
+    ours = tiny_clip_tokenizer(DiffCLIPTokenizer)
+    for text, options in ((LONG, {"text_pair": "b", "truncation": True}), ("a", {"padding": "max_length"})):
+        assert ours.encode(text, **options, max_length=7) == clip.encode(text, **options, max_length=7)
+    assert ours.encode(LONG) == clip.encode(LONG, verbose=False)
+    assert ours.backend_tokenizer.truncation is ours.backend_tokenizer.padding is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": "a", "truncaton": True}, "takes no truncaton; did you mean truncation?"),
+        ({"text": "a", "text_kwargs": {"paddin": True}}, "takes no paddin; did you mean padding?"),
+        ({"images": Image.new("RGB", (9, 9)), "do_rezise": False}, "takes no do_rezise; did you mean do_resize?"),
+        ({"images": Image.new("RGB", (9, 9)), "images_kwargs": {"sise": 3}}, "takes no sise; did you mean size?"),
+        ({"text": "a", "audio": [1]}, "takes no audio"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        tiny_processor()(**options)
+
+
 def test_settings_in_a_tokenizers_file_are_not_the_calls(tmp_path):
     clip = tiny_clip_tokenizer()
     clip.backend_tokenizer.enable_truncation(3)
@@ -173,6 +228,8 @@ def test_texts_with_half_a_character_are_named(tokenizer_class):
         lambda: tokenizer([["a", HALF_AN_EMOJI]], is_split_into_words=True),
         lambda: tokenizer("a", HALF_AN_EMOJI),
         lambda: tokenizer.encode(HALF_AN_EMOJI),
+        lambda: tokenizer.encode("a", HALF_AN_EMOJI),
+        lambda: tokenizer(text_target=HALF_AN_EMOJI),
         lambda: tokenizer.tokenize(HALF_AN_EMOJI),
     ):
         with pytest.raises(ValueError, match="half a character"):
@@ -189,6 +246,7 @@ def test_texts_with_half_a_character_are_named(tokenizer_class):
         ({"text": torch.zeros(3, 9, 9)}, "text is of type Tensor; pass images as images="),
         ({"text": ["a", None]}, "A text is of type NoneType; it must be a string"),
         ({"text": [5]}, "A text is of type int"),
+        ({"text": []}, "text is empty; there must be at least one text"),
         ({"images": torch.full((3, 9, 9), -1.5)}, "already normalised go to the model as pixel_values="),
         ({"images": [np.zeros((9, 9, 3), np.uint8), "nowhere.png"]}, "no file 'nowhere.png'"),
     ],

@@ -18,6 +18,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         path: Its folder is made. It becomes readable by everyone.
         write: Writes the file it's given.
     """
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
@@ -78,7 +79,8 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
         FileNotFoundError: It is, or is below, a link to nothing.
         OSError: It's a mount point or the working folder, which can't be replaced, or can't be made or written.
     """
-    folder = Path(folder)
+    # A shell leaves the ~ of --output-dir=~/new as it is.
+    folder = Path(folder).expanduser()
     try:
         _check_links(folder)
         real = folder.resolve()
@@ -113,7 +115,7 @@ def check_output_file(path: str | os.PathLike) -> None:
         FileNotFoundError: It is below a link to nothing.
         OSError: Its folder can't be made or written, or it's a mount point.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         _check_links(path.parent)
         if path.exists() and not path.is_file():

@@ -18,7 +18,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import is_torchvision_available, logging, requires_backends
 
-from .image_reading_diffclip import SIXTEEN_BIT_STEP, check_size, read_image, to_rgb
+from .image_reading_diffclip import SIXTEEN_BIT_STEP, check_size, read_image
 
 
 if is_torchvision_available():
@@ -55,6 +55,18 @@ def _channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | Ch
     return last
 
 
+def _as_tensor(image: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Return an image as a tensor without gradient, of a type of numbers that can be compared."""
+    if isinstance(image, np.ndarray):
+        # A copy, for torch takes neither reversed nor read-only arrays, nor another machine's byte order.
+        image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
+    if image.is_complex():
+        raise ValueError(f"An image is of {image.dtype}; its values must be real numbers.")
+    if image.dtype == torch.uint64 and int(image.view(torch.int64).min()) < 0:
+        raise ValueError("A torch.uint64 image has values above 2⁶³; they must be in 0..255.")
+    return image.detach().to(torch.int64) if image.dtype in (torch.uint32, torch.uint64) else image.detach()
+
+
 def array_to_rgb(
     image: np.ndarray | torch.Tensor,
     do_rescale: bool | None = True,
@@ -79,9 +91,7 @@ def array_to_rgb(
     if image.ndim not in (2, 3):
         raise ValueError(f"An image has shape {tuple(image.shape)}; it must have 2 or 3 dimensions.")
     last = image.ndim == 3 and _channels_last(image, input_data_format)
-    if isinstance(image, np.ndarray):
-        # A copy, for torch takes neither reversed nor read-only arrays.
-        image = torch.from_numpy(np.array(image, order="C"))
+    image = _as_tensor(image)
     image = image.movedim(-1, 0) if last else image.reshape(-1, *image.shape[-2:])
     channels, height, width = image.shape
     if channels not in CHANNELS:
@@ -232,7 +242,7 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
             check_size(image.shape[2], image.shape[1])
             return image
         if isinstance(image, Image.Image):
-            image = tv_functional.pil_to_tensor(to_rgb(image))
+            image = tv_functional.pil_to_tensor(read_image(image))
         else:
             image = array_to_rgb(image, do_rescale, input_data_format)
         return image if device is None else image.to(device)
@@ -274,7 +284,7 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
             check_size(image.shape[2], image.shape[1])
             return image
         if isinstance(image, Image.Image):
-            return np.moveaxis(np.array(to_rgb(image)), -1, 0)
+            return np.moveaxis(np.array(read_image(image)), -1, 0)
         return array_to_rgb(image, do_rescale, input_data_format).cpu().numpy()
 
     def resize(self, image, size, resample=None, reducing_gap=None, **kwargs):

@@ -1,5 +1,7 @@
 """DiffCLIP's processor, and CLIP's tokenizer with a limit that it keeps by itself."""
 
+import copy
+import difflib
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,13 +25,20 @@ if TYPE_CHECKING:
 CONTEXT_LENGTH = 77
 
 
+# What a call can ask for beside the ids and the mask.
+_RETURNED = (
+    *("return_token_type_ids", "return_overflowing_tokens", "return_special_tokens_mask"),
+    *("return_offsets_mapping", "return_length"),
+)
 # The options that `_encode` knows; with others Transformers' own encoding is used.
 _ENCODING_OPTIONS = frozenset(
     {
         *("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side"),
-        *("return_tensors", "return_attention_mask", "verbose"),
+        *("return_tensors", "return_attention_mask", "verbose", "stride", *_RETURNED),
     }
 )
+# Those that Transformers sets on the Rust tokenizer.
+_SHARED_OPTIONS = frozenset({"padding", "truncation", "max_length", "split_special_tokens"})
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -51,6 +60,8 @@ def _check_texts(text: Any) -> None:
     if isinstance(text, str):
         check_text(text)
     elif isinstance(text, (list, tuple)):
+        if not text:
+            raise ValueError("text is empty; there must be at least one text.")
         for single in text:
             _check_texts(single)
     else:
@@ -89,6 +100,8 @@ def _encode(
     return_tensors: Any = None,
     return_attention_mask: bool | None = None,
     verbose: bool = True,
+    stride: int = 0,
+    **returned: Any,
 ) -> BatchEncoding:
     """Do what a fast tokenizer does, but cut and pad what it returns, so that threads share it.
 
@@ -104,7 +117,7 @@ def _encode(
         if limit < added:
             raise ValueError(f"max_length is {limit}; it must be at least {added}, for the tokens of start and end.")
         for encoding in encodings:
-            encoding.truncate(limit - added, direction=tokenizer.truncation_side)
+            encoding.truncate(limit - added, stride=stride, direction=tokenizer.truncation_side)
     encodings = [tokenizer.backend_tokenizer.post_process(single, None, add_special_tokens) for single in encodings]
     if pad != PaddingStrategy.DO_NOT_PAD:
         length = limit if pad == PaddingStrategy.MAX_LENGTH else max(map(len, encodings))
@@ -117,12 +130,27 @@ def _encode(
                 pad_type_id=tokenizer.pad_token_type_id,
                 pad_token=tokenizer.pad_token,
             )
-    columns = {"input_ids": [encoding.ids for encoding in encodings]}
-    if return_attention_mask or (return_attention_mask is None and "attention_mask" in tokenizer.model_input_names):
-        columns["attention_mask"] = [encoding.attention_mask for encoding in encodings]
-    if isinstance(text, str) and return_tensors is None:
-        columns = {name: rows[0] for name, rows in columns.items()}
-    return BatchEncoding(columns, encodings, tensor_type=return_tensors)
+    # Each text's columns and encodings, with those of what was cut off where they are asked for.
+    found = [
+        tokenizer._convert_encoding(encoding, return_attention_mask=return_attention_mask, **returned)
+        for encoding in encodings
+    ]
+    columns = {name: [row for item, _ in found for row in item[name]] for name in found[0][0]}
+    if returned.get("return_overflowing_tokens"):
+        columns["overflow_to_sample_mapping"] = [i for i, (_, parts) in enumerate(found) for _ in parts]
+    elif isinstance(text, str) and return_tensors is None:
+        columns = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in columns.items()}
+    return BatchEncoding(columns, [part for _, parts in found for part in parts], tensor_type=return_tensors)
+
+
+def _encode_any(tokenizer: PreTrainedTokenizerBase, text: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
+    """Do what a fast tokenizer does with any of its arguments, and leave the Rust tokenizer as it is."""
+    if not args and _is_plain(text, kwargs):
+        return _encode(tokenizer, text, **kwargs)
+    if args or not _SHARED_OPTIONS.isdisjoint(kwargs):
+        # Slow, and rare: of pairs, words and the like, which no CLIP has been trained on.
+        tokenizer = copy.deepcopy(tokenizer)
+    return PreTrainedTokenizerBase.__call__(tokenizer, text, *args, **kwargs)
 
 
 def _warn_if_cut(encoded: BatchEncoding, limit: int) -> None:
@@ -160,27 +188,38 @@ class DiffCLIPTokenizer(CLIPTokenizer):
         _forget_last_call(self)
 
     def __call__(self, text=None, *args, **kwargs):
-        if text is None:
-            return super().__call__(text, *args, **kwargs)
-        for given in (text, *args[:1], kwargs.get("text_pair")):
+        for given in (text, *args[:1], kwargs.get("text_pair"), kwargs.get("text_target")):
             if given is not None:
                 _check_texts(given)
+        if text is None:
+            return _encode_any(self, text, *args, **kwargs)
         told = args or not {"truncation", "max_length"}.isdisjoint(kwargs)
         cuts = not told and kwargs.get("return_tensors") is not None
         if cuts:
             kwargs["truncation"] = True
-        if args or {"padding", "truncation", "max_length"}.isdisjoint(kwargs) or not _is_plain(text, kwargs):
-            encoded = super().__call__(text, *args, **kwargs)
+        if not args and _SHARED_OPTIONS.isdisjoint(kwargs):
+            encoded = super().__call__(text, **kwargs)
         else:
-            encoded = _encode(self, text, **kwargs)
+            encoded = _encode_any(self, text, *args, **kwargs)
         if cuts:
             _warn_if_cut(encoded, self.model_max_length)
         return encoded
 
-    def encode(self, text, *args, **kwargs):
+    def encode(
+        self,
+        text,
+        text_pair=None,
+        add_special_tokens=True,
+        padding=False,
+        truncation=None,
+        max_length=None,
+        **kwargs,
+    ):
         """Return a text's ids, as `CLIPTokenizer` does."""
-        _check_texts(text)
-        return super().encode(text, *args, **kwargs)
+        options = {"add_special_tokens": add_special_tokens, "padding": padding, "max_length": max_length, **kwargs}
+        if text_pair is not None:
+            options["text_pair"] = text_pair
+        return self(text, truncation=truncation, **options)["input_ids"]
 
     def tokenize(self, text, *args, **kwargs):
         """Return a text's tokens, as `CLIPTokenizer` does."""
@@ -219,7 +258,22 @@ class DiffCLIPProcessor(ProcessorMixin):
         _forget_last_call(tokenizer)
         super().__init__(image_processor, tokenizer)
 
+    def _check_options(self, given: dict[str, Any]) -> None:
+        """Raise a TypeError for an option that neither the tokenizer nor the image processor knows."""
+        kinds = self.valid_processor_kwargs.__annotations__
+        parts = [*kinds.values(), getattr(self.image_processor, "valid_kwargs", None)]
+        known = {*kinds, "common_kwargs"}.union(*(getattr(part, "__annotations__", {}) for part in parts))
+        # Which Transformers passes on from there alone.
+        texts = (given.get("text_kwargs") or {}).keys() - {"split_special_tokens"}
+        for name in (*given, *texts, *(given.get("images_kwargs") or {})):
+            if name not in known:
+                near = difflib.get_close_matches(name, sorted(known), n=1)
+                raise TypeError(
+                    f"{type(self).__name__} takes no {name}{f'; did you mean {near[0]}?' if near else '.'}"
+                )
+
     def __call__(self, images=None, text=None, **kwargs):
+        self._check_options(kwargs)
         if text is None:
             try:
                 return super().__call__(images=images, **kwargs)
@@ -239,10 +293,7 @@ class DiffCLIPProcessor(ProcessorMixin):
         # Of Transformers' processors whose texts have places for images.
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             options.pop(name, None)
-        if _is_plain(text, options):
-            encoded = _encode(self.tokenizer, text, **options)
-        else:
-            encoded = self.tokenizer(text, **options)
+        encoded = _encode_any(self.tokenizer, text, **options)
         if given.isdisjoint({"truncation", "max_length"}):
             _warn_if_cut(encoded, self.tokenizer.model_max_length)
         pixels = {} if images is None else super().__call__(images=images, **kwargs)
