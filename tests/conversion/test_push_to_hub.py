@@ -75,7 +75,7 @@ def push(hub, client):
     def run(*args, token: str | None = WRITER) -> tuple[int, str]:
         words = [*map(str, args), *(["--token", token] if token else [])]
         code = f"""
-import push_to_hub, __main__
+import __main__
 __main__.lines.clear()
 status = push_to_hub.main({words!r})
 result = [status, "\\n".join(__main__.lines)]
