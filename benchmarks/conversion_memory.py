@@ -10,21 +10,17 @@ every page of a mapped file that is in memory) less what it was when everything 
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from memory import memory
-
-from diffclip_hf.common.machine import describe_machine
+from measuring import MIB, child_arguments, make_parser, measured_on, memory, run_child, tell_parent, write_report
 
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
-MIB = 2**20
 LIMIT = 1.3
 
 logger = logging.getLogger("conversion_memory")
@@ -45,13 +41,13 @@ def write_checkpoint(path: Path, variant: str) -> int:
     return sum(tensor.nbytes for tensor in weights.values())
 
 
-def run_child(arguments: Sequence[str]) -> int:
-    """Convert in this process, and write its memory before and after to stdout."""
+def convert(arguments: Sequence[str]) -> int:
+    """Convert in this process, and tell its memory before and after."""
     from diffclip_hf.conversion import convert_original_checkpoint
 
     before = memory()
     code = convert_original_checkpoint.main(list(arguments))
-    sys.stdout.write(json.dumps({"before": before, "after": memory()}) + "\n")
+    tell_parent({"before": before, "after": memory()})
     return code
 
 
@@ -61,9 +57,7 @@ def measure(variant: str) -> dict:
         checkpoint = Path(folder) / "checkpoint_best.pt"
         weights = write_checkpoint(checkpoint, variant)
         arguments = ["--checkpoint", str(checkpoint), "--output-dir", f"{folder}/out", "--variant", variant]
-        command = [sys.executable, __file__, "--child", *arguments]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = run_child(__file__, *arguments)
         size = checkpoint.stat().st_size
         report = json.loads((Path(folder) / "out" / "conversion_report.json").read_text())
     peak = found["after"]["VmHWM"] - found["before"]["VmRSS"]
@@ -78,7 +72,8 @@ def measure(variant: str) -> dict:
         "limit": LIMIT,
         "gate_largest_error": report["gate"]["largest_error"],
         "gate_inputs": list(report["gate"]["errors"]),
-        "machine": describe_machine(),
+        # The conversion's versions are of more packages.
+        **measured_on(),
         "versions": report["versions"],
     }
 
@@ -86,14 +81,13 @@ def measure(variant: str) -> dict:
 def main() -> int:
     """Run the measurement; return 1 where it is over the limit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    if sys.argv[1:2] == ["--child"]:
-        return run_child(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if (given := child_arguments()) is not None:
+        return convert(given)
+    parser = make_parser(__doc__, __file__)
     parser.add_argument("--variant", action="append", help="may be given again (default: diffclip and clip)")
-    parser.add_argument("--output", default=str(Path(__file__).with_suffix(".json")), metavar="FILE.json")
     args = parser.parse_args()
     results = [measure(variant) for variant in args.variant or ["diffclip", "clip"]]
-    Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    write_report(args.output, results)
     for result in results:
         sys.stdout.write(
             f"{result['variant']}: {result['peak_less_imports_bytes'] / MIB:.0f} MiB at the highest beyond imports "

@@ -9,7 +9,6 @@ much of a step is spent waiting for its batch. The first batch, for which worker
 filled, isn't counted.
 """
 
-import argparse
 import io
 import json
 import statistics
@@ -22,15 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import clip_processor, make_parser, measured_on, write_report
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffclip_hf import DiffCLIPConfig, DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
-from diffclip_hf.common.machine import describe_machine, describe_versions
+from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.data import ImageTextCollator, ImageTextShards
 
 
-ROOT = Path(__file__).parent.parent
 GOAL = 0.1
 SIZE = (683, 512)
 IMAGES_PER_SHARD = 256
@@ -110,11 +108,9 @@ def training_steps(source: Iterator[dict], model: DiffCLIPModel, count: int) -> 
 
 def measure(images: int, batch_size: int, steps: int, workers: list[int]) -> dict:
     """Return the measurement, with the machine that it was taken on."""
-    from diffclip_hf.conversion.clip_vocabulary import clip_tokenizer, find_merges_file
-
     torch.manual_seed(0)
     model = DiffCLIPModel(DiffCLIPConfig()).train()
-    processor = DiffCLIPProcessor(DiffCLIPImageProcessorPil(), clip_tokenizer(find_merges_file()))
+    processor = clip_processor()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         mean_bytes = make_shards(Path(folder), images)
@@ -133,23 +129,20 @@ def measure(images: int, batch_size: int, steps: int, workers: list[int]) -> dic
         "workers": found,
         "goal_data_share_of_step": GOAL,
         "attention": model.config._attn_implementation,
-        "dtype": "float32",
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        **measured_on(),
     }
 
 
 def main() -> int:
     """Run the measurement; return 1 where every number of workers takes too much of the step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, __file__)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="how many are timed for each number of workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", default=str(Path(__file__).with_suffix(".json")), metavar="FILE.json")
     args = parser.parse_args()
     result = measure(args.images, args.batch_size, args.steps, args.workers)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_report(args.output, result)
     for workers, row in result["workers"].items():
         sys.stdout.write(
             f"{workers} workers: {row['images_per_second_alone']} images/s alone; a step of {row['step_seconds']} s "

@@ -15,7 +15,6 @@ medians, quartiles, and the ratio of the medians to the reference's. Peak memory
 contender. The weights are random. On a GPU the towers and the training run in bfloat16.
 """
 
-import argparse
 import json
 import logging
 import random
@@ -28,13 +27,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from memory import memory
+from measuring import (
+    MIB,
+    child_arguments,
+    make_parser,
+    measured_on,
+    memory,
+    random_inputs,
+    run_child,
+    tell_parent,
+    write_report,
+)
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
-from diffclip_hf.common.machine import describe_machine, describe_versions
 from diffclip_hf.model.attention_diffclip import differential_attention_forward
 
 
@@ -242,13 +250,10 @@ def build(name: str, image_size: int, device: str) -> nn.Module:
 
 
 def inputs_of(model: nn.Module, batch: int, image_size: int) -> dict[str, torch.Tensor]:
-    """Return random images and texts of full length."""
-    generator = torch.Generator().manual_seed(0)
-    config = model.config.text_config
-    input_ids = torch.randint(1, 49000, (batch, config.max_position_embeddings), generator=generator)
-    input_ids[:, 0], input_ids[:, -1] = 49406, 49407
-    pixel_values = torch.randn(batch, 3, image_size, image_size, generator=generator)
-    return {"input_ids": input_ids.to(model.device), "pixel_values": pixel_values.to(model.device, model.dtype)}
+    """Return random images and texts of full length for a model."""
+    inputs = random_inputs(batch, image_size, model.config.text_config.max_position_embeddings)
+    pixel_values = inputs["pixel_values"].to(model.device, model.dtype)
+    return {"input_ids": inputs["input_ids"].to(model.device), "pixel_values": pixel_values}
 
 
 def implementations(device: str) -> list[str]:
@@ -314,15 +319,8 @@ def training_cases(device: str, batches: list[int]) -> Iterator[Case]:
         yield Case("training", "training step", {"batch": batch}, CLIP, runs)
 
 
-def peak_memory(part: str, name: str, batch: int, device: str) -> int:
-    """Return the most memory that a process took, in bytes: the process's own, or the GPU's."""
-    command = [sys.executable, __file__, "--child", part, name, str(batch), device]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
-
-
-def run_child(part: str, name: str, batch: str, device: str) -> None:
-    """Run a contender in this process, three times, and write its peak memory to stdout."""
+def peak_memory(part: str, name: str, batch: str, device: str) -> int:
+    """Run a contender three times, and return the most memory it took, in bytes: this process's, or the GPU's."""
     model = build(name, 224, device)
     if part == "training":
         run = training_run(model, int(batch), device)
@@ -330,15 +328,14 @@ def run_child(part: str, name: str, batch: str, device: str) -> None:
         run = tower_run(model, "image", inputs_of(model, int(batch), 224))
     for _ in range(3):
         run()
-    peak = memory()["VmHWM"] if device == "cpu" else torch.cuda.max_memory_allocated()
-    sys.stdout.write(f"{peak}\n")
+    return memory()["VmHWM"] if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def memory_results(device: str, sizes: list[tuple[str, int]]) -> list[dict]:
     """Return the peak memory of each contender."""
     results = []
     for part, batch in sizes:
-        peaks = {name: peak_memory(part, name, batch, device) for name in (CLIP, "sdpa")}
+        peaks = {name: run_child(__file__, part, name, batch, device) for name in (CLIP, "sdpa")}
         results.append(
             {
                 "part": "memory",
@@ -446,79 +443,80 @@ def summary(described: dict) -> str:
 
 def amount(found: dict) -> str:
     """Return a median time or a size for people."""
-    return f"{found['bytes'] / 2**20:,.0f} MiB" if "bytes" in found else f"{found['median_ms']:,.1f} ms"
+    return f"{found['bytes'] / MIB:,.0f} MiB" if "bytes" in found else f"{found['median_ms']:,.1f} ms"
 
 
-def plot(results: list[dict], folder: Path, stem: str) -> None:
-    """Draw attention over the number of tokens, and the whole model's ratios."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def plot_core(results: list[dict], path: Path) -> None:
+    """Draw attention alone over the number of tokens, if it was measured."""
+    from matplotlib.figure import Figure
 
     core = [result for result in results if result["part"] == "core" and not result["causal"]]
-    if core:
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-        for axis, what in zip(axes, ("forward", "forward and backward"), strict=True):
-            longest = {result["tokens"]: result for result in core if result["what"] == what}
-            for name in core[0]["results"]:
-                axis.plot(
-                    list(longest), [result["results"][name]["ratio"] for result in longest.values()], "o-", label=name
-                )
-            axis.set(xscale="log", xlabel="tokens", title=f"Attention alone, {what}")
-            axis.set_xticks(list(longest), [str(tokens) for tokens in longest])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel("time ÷ plain SDPA's of the same width")
-        axes[0].legend()
-        figure.savefig(folder / f"{stem}_core.png", dpi=120)
+    if not core:
+        return
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, what in zip(axes, ("forward", "forward and backward"), strict=True):
+        longest = {result["tokens"]: result for result in core if result["what"] == what}
+        for name in core[0]["results"]:
+            ratios = [result["results"][name]["ratio"] for result in longest.values()]
+            axis.plot(list(longest), ratios, "o-", label=name)
+        axis.set(xscale="log", xlabel="tokens", title=f"Attention alone, {what}")
+        axis.set_xticks(list(longest), [str(tokens) for tokens in longest])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("time ÷ plain SDPA's of the same width")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_models(results: list[dict], path: Path) -> None:
+    """Draw the whole models' ratios, if they were measured."""
+    from matplotlib.figure import Figure
+
     whole = [result for result in results if result["part"] in ("towers", "training", "memory", "startup")]
-    if whole:
-        labels = [
-            f"{result['what']}"
-            + (f", {result['image_size']} px" if "image_size" in result else "")
-            + (f", batch {result['batch']}" if "batch" in result else "")
-            for result in whole
-        ]
-        names = ["sdpa", "eager", "sdpa compiled"]
-        figure, axis = pyplot.subplots(figsize=(9, 0.45 * len(whole) + 1.4), layout="constrained")
-        for offset, name in enumerate(names):
-            rows = [row for row, result in enumerate(whole) if name in result["results"]]
-            axis.barh(
-                [row + 0.27 * (offset - 1) for row in rows],
-                [whole[row]["results"][name]["ratio"] for row in rows],
-                height=0.25,
-                label=f"DiffCLIPModel {name}",
-            )
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set_yticks(range(len(whole)), labels)
-        axis.invert_yaxis()
-        axis.set_xlabel("÷ CLIPModel sdpa's of the same size (less is better)")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="small")
-        axis.set_ylim(len(whole) - 0.4, -1.3)
-        axis.grid(axis="x", alpha=0.3)
-        figure.savefig(folder / f"{stem}_model.png", dpi=120)
+    if not whole:
+        return
+    labels = [
+        f"{result['what']}"
+        + (f", {result['image_size']} px" if "image_size" in result else "")
+        + (f", batch {result['batch']}" if "batch" in result else "")
+        for result in whole
+    ]
+    figure = Figure(figsize=(9, 0.45 * len(whole) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    for offset, name in enumerate(("sdpa", "eager", "sdpa compiled")):
+        rows = [row for row, result in enumerate(whole) if name in result["results"]]
+        places = [row + 0.27 * (offset - 1) for row in rows]
+        ratios = [whole[row]["results"][name]["ratio"] for row in rows]
+        axis.barh(places, ratios, height=0.25, label=f"DiffCLIPModel {name}")
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(range(len(whole)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("÷ CLIPModel sdpa's of the same size (less is better)")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="small")
+    axis.set_ylim(len(whole) - 0.4, -1.3)
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Run the benchmark."""
-    if sys.argv[1:2] == ["--child"]:
-        run_child(*sys.argv[2:])
+    if (given := child_arguments()) is not None:
+        tell_parent(peak_memory(*given))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, __file__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--seconds", type=float, default=30, help="for each case, beyond its least number of rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batches", nargs="+", type=int, help="of the towers; 1 8 64, and 128 256 on a GPU")
     parser.add_argument("--training-batches", nargs="+", type=int, help="8 16; 64 256 on a GPU")
-    parser.add_argument("--output", default=str(Path(__file__).with_suffix(".json")), metavar="FILE.json")
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     batches = args.batches or ([1, 8, 64] if on_cpu else [1, 8, 64, 128, 256])
     training_batches = args.training_batches or ([8, 16] if on_cpu else [64, 256])
 
-    output = Path(args.output)
+    output: Path = args.output
     before = json.loads(output.read_text())["results"] if output.exists() else []
     kept = {"memory": "training"}
     results = [result for result in before if kept.get(result["part"], result["part"]) not in args.only]
@@ -537,11 +535,11 @@ def main() -> None:
     if "training" in args.only:
         results += memory_results(args.device, [("forward", 8), *(("training", batch) for batch in training_batches)])
     results.sort(key=lambda result: [*PARTS, "memory"].index(result["part"]))
-    dtype = "float32" if on_cpu else "bfloat16"
-    described = {"machine": describe_machine(), "versions": describe_versions(), "dtype": dtype, "results": results}
-    output.write_text(json.dumps(described, indent=2) + "\n")
+    described = {**measured_on("float32" if on_cpu else "bfloat16"), "results": results}
+    write_report(output, described)
     output.with_suffix(".md").write_text(f"{summary(described)}\n{table(results)}")
-    plot(results, output.parent, output.stem)
+    plot_core(results, output.with_name(f"{output.stem}_core.png"))
+    plot_models(results, output.with_name(f"{output.stem}_model.png"))
 
 
 if __name__ == "__main__":
