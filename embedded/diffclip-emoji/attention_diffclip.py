@@ -208,25 +208,9 @@ def differential_attention_forward(
     # A graph that leaves PyTorch can't hold an operator of ours.
     leaves_pytorch = torch.compiler.is_exporting() or torch.jit.is_tracing()
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if (
-        attn_implementation == "sdpa"
-        and query.device.type == "cpu"
-        and not dropout
-        and not leaves_pytorch
-        and one_mask
-    ):
-        arguments = (query, key, value, attention_mask, lambda_value, scaling, is_causal)
-        # While compiling always the operator, since a choice by size would compile anew at the crossover.
-        if torch.compiler.is_compiling():
-            return blocked_differential_attention(*arguments), None
-        if not torch.is_grad_enabled():
-            return blocked_forward(*arguments), None
-        if not fits_one_block(query):
-            return blocked_differential_attention(*arguments), None
-        everything = slice(0, query.shape[2])
-        bias = score_bias(attention_mask, is_causal, slice(None), everything, query.dtype)
-        output, _ = eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)
-        return output, None
+    on_cpu = query.device.type == "cpu" and not dropout and not leaves_pytorch and one_mask
+    if attn_implementation == "sdpa" and on_cpu:
+        return _on_cpu(module, query, key, value, attention_mask, lambda_value, scaling, is_causal), None
     return _from_attention_interface(
         module,
         query,
@@ -240,6 +224,29 @@ def differential_attention_forward(
         is_causal=is_causal,
         **kwargs,
     ), None
+
+
+def _on_cpu(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Return differential attention in the fastest of the exact forms: by the formula, or block by block."""
+    arguments = (query, key, value, attention_mask, lambda_value, scaling, is_causal)
+    # While compiling always the operator, since a choice by size would compile anew at the crossover.
+    if torch.compiler.is_compiling():
+        return blocked_differential_attention(*arguments)
+    if not torch.is_grad_enabled():
+        return blocked_forward(*arguments)
+    if not fits_one_block(query):
+        return blocked_differential_attention(*arguments)
+    bias = score_bias(attention_mask, is_causal, slice(None), slice(0, query.shape[2]), query.dtype)
+    return eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)[0]
 
 
 def _from_attention_interface(

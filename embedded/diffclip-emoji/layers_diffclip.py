@@ -300,7 +300,7 @@ class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
         # CODEPATH: DiffCLIP and DiffCLIP* are differential in both towers, DiffCLIP† in vision, the CLIP baseline in
         # neither.
         if config.attention_type == "differential":
-            self.self_attn = DiffCLIPDifferentialAttention(config, layer_idx)
+            self.self_attn: DiffCLIPAttention = DiffCLIPDifferentialAttention(config, layer_idx)
         else:
             self.self_attn = DiffCLIPAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

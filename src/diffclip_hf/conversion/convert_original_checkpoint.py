@@ -56,6 +56,8 @@ VARIANTS: dict[str, tuple[bool, bool, float | str]] = {
     "diffclip-dagger": (True, False, 0.8),
     "clip": (False, False, 0.8),
 }
+# Tower → what the keys of its blocks start with.
+BLOCKS = {"vision": "visual.blocks", "text": "transformer.resblocks"}
 HEAD_DIM = 64
 # Far beyond any model of the kind; what a damaged shape says could fill the memory when the model is measured.
 MAX_VOCABULARY, MAX_TOKENS, MAX_SIDE = 10_000_000, 4096, 2048
@@ -154,6 +156,41 @@ def _image_size(state_dict: Mapping[str, torch.Tensor], given: int | None) -> in
     return image_size
 
 
+def _lambda_init(variant: str, found: tuple[bool, ...], assumptions: list[str]) -> float | str:
+    """Return λ_init of a variant, or raise where a checkpoint's towers aren't that variant's.
+
+    Args:
+        variant: `"auto"` or a key of `VARIANTS`.
+        found: Whether the checkpoint's image and text towers are differential.
+        assumptions: As in `infer_config`.
+    """
+    if variant == "auto":
+        if any(found):
+            assume(assumptions, "--variant not given: assuming lambda_init 0.8, that of every released DiffCLIP.")
+        return 0.8
+    *expected, lambda_init = VARIANTS[variant]
+    if found != tuple(expected):
+        names = {True: "differential", False: "standard"}
+        raise ConversionError(
+            f"--variant is {variant}, whose towers are {names[bool(expected[0])]} (vision) and "
+            f"{names[bool(expected[1])]} (text); the checkpoint's are {names[found[0]]} and {names[found[1]]}."
+        )
+    return lambda_init
+
+
+def _attention(
+    state_dict: Mapping[str, torch.Tensor], tower: str, width: int, heads: int | None, assumptions: list[str]
+) -> dict[str, Any]:
+    """Return the width and the attention of a tower, as fields of its configuration."""
+    key = f"{BLOCKS[tower]}.0.attn.lambda_q1"
+    lambda_length = _shape(state_dict, key, 1)[0] if key in state_dict else None
+    return {
+        "hidden_size": width,
+        "attention_type": "standard" if lambda_length is None else "differential",
+        "num_attention_heads": _heads(tower, width, lambda_length, heads, assumptions),
+    }
+
+
 def infer_config(
     state_dict: Mapping[str, torch.Tensor],
     variant: str = "auto",
@@ -176,43 +213,18 @@ def infer_config(
     """
     assumptions = [] if assumptions is None else assumptions
     check_tensors(state_dict)
-    vision_layers, text_layers = _depth(state_dict, "visual.blocks"), _depth(state_dict, "transformer.resblocks")
-    vision_lambda, text_lambda = "visual.blocks.0.attn.lambda_q1", "transformer.resblocks.0.attn.lambda_q1"
-    found = (vision_lambda in state_dict, text_lambda in state_dict)
-    lambda_init: float | str = 0.8
-    if variant == "auto":
-        if any(found):
-            assume(assumptions, "--variant not given: assuming lambda_init 0.8, that of every released DiffCLIP.")
-    else:
-        *expected, lambda_init = VARIANTS[variant]
-        if found != tuple(expected):
-            names = {True: "differential", False: "standard"}
-            raise ConversionError(
-                f"--variant is {variant}, whose towers are {names[expected[0]]} (vision) and {names[expected[1]]} "
-                f"(text); the checkpoint's are {names[found[0]]} and {names[found[1]]}."
-            )
-
+    vision_layers, text_layers = (_depth(state_dict, blocks) for blocks in BLOCKS.values())
+    found = tuple(f"{blocks}.0.attn.lambda_q1" in state_dict for blocks in BLOCKS.values())
+    lambda_init = _lambda_init(variant, found, assumptions)
     image_size = _image_size(state_dict, image_size)
-    hidden_size, channels, patch_size, _ = _shape(state_dict, "visual.patch_embed.proj.weight", 4)
+    width, channels, patch_size, _ = _shape(state_dict, "visual.patch_embed.proj.weight", 4)
     vocab_size, text_width = _shape(state_dict, "token_embedding.weight", 2)
     length = _shape(state_dict, "positional_embedding", 2)[0]
     _check_size("'token_embedding.weight' has a vocabulary of", vocab_size, 4, MAX_VOCABULARY)
     _check_size("'positional_embedding' has a number of tokens of", length, 3, MAX_TOKENS)
-    projection_dim = _shape(state_dict, "image_projection", 2)[1]
-
-    def attention(tower: str, differential: bool, key: str, width: int, given: int | None) -> dict[str, Any]:
-        """Return the attention fields of a tower's configuration."""
-        lambda_length = _shape(state_dict, key, 1)[0] if differential else None
-        return {
-            "attention_type": "differential" if differential else "standard",
-            "num_attention_heads": _heads(tower, width, lambda_length, given, assumptions),
-            "lambda_init": lambda_init,
-        }
-
     return DiffCLIPConfig(
-        projection_dim=projection_dim,
+        projection_dim=_shape(state_dict, "image_projection", 2)[1],
         vision_config={
-            "hidden_size": hidden_size,
             "intermediate_size": _shape(state_dict, "visual.blocks.0.mlp.fc1.weight", 2)[0],
             "num_hidden_layers": vision_layers,
             "num_channels": channels,
@@ -220,17 +232,18 @@ def infer_config(
             "patch_size": patch_size,
             # The original's differential tower swaps timm's norm class, and with it the epsilon.
             "layer_norm_eps": 1e-5 if found[0] else 1e-6,
-            **attention("vision", found[0], vision_lambda, hidden_size, vision_heads),
+            "lambda_init": lambda_init,
+            **_attention(state_dict, "vision", width, vision_heads, assumptions),
         },
         text_config={
             "vocab_size": vocab_size,
-            "hidden_size": text_width,
             "intermediate_size": _shape(state_dict, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
             "num_hidden_layers": text_layers,
             "max_position_embeddings": length,
             "bos_token_id": vocab_size - 2,
             "eos_token_id": vocab_size - 1,
-            **attention("text", found[1], text_lambda, text_width, text_heads),
+            "lambda_init": lambda_init,
+            **_attention(state_dict, "text", text_width, text_heads, assumptions),
         },
     )
 

@@ -98,36 +98,46 @@ def array_to_rgb(
         raise ValueError(f"An image has {channels} channels; it must have {', '.join(map(str, CHANNELS))}.")
     check_size(width, height)
 
-    white = 255.0
+    image = _checked_levels(image, do_rescale)
+    if channels == 4:
+        image = _over_white(image, 1.0 if image.is_floating_point() and not do_rescale else 255.0)
+    return image.expand(3, -1, -1).contiguous()
+
+
+def _checked_levels(image: torch.Tensor, do_rescale: bool | None) -> torch.Tensor:
+    """Return an image's values as uint8 or float32, or raise as `array_to_rgb` says."""
+    if image.dtype == torch.uint8:
+        return image
     if image.dtype == torch.bool:
-        image = image.to(torch.uint8) * 255
-    elif image.dtype == torch.uint16:
-        image = ((image.to(torch.int32) + SIXTEEN_BIT_STEP // 2) // SIXTEEN_BIT_STEP).to(torch.uint8)
-    elif image.is_floating_point():
-        image = image.to(torch.float32)
-        low, high = image.min().item(), image.max().item()
-        white = 255.0 if do_rescale else 1.0
-        if not (low >= 0 and high <= white):
-            raise ValueError(
-                f"A float image has values {low:g}..{high:g}; with do_rescale={bool(do_rescale)} they must be in "
-                f"0..{white:g}. Pixel values that are already normalised go to the model as pixel_values=."
-            )
-        if do_rescale and 0 < high <= 1:
-            raise ValueError(
-                f"A float image has values {low:g}..{high:g} and do_rescale=True would divide them by 255 again; pass "
-                "do_rescale=False for floats in 0..1."
-            )
-    elif image.dtype != torch.uint8:
+        return image.to(torch.uint8) * 255
+    if image.dtype == torch.uint16:
+        return ((image.to(torch.int32) + SIXTEEN_BIT_STEP // 2) // SIXTEEN_BIT_STEP).to(torch.uint8)
+    if not image.is_floating_point():
         low, high = int(image.min()), int(image.max())
         if low < 0 or high > 255:
             raise ValueError(f"A {image.dtype} image has values {low}..{high}; they must be in 0..255.")
-        image = image.to(torch.uint8)
+        return image.to(torch.uint8)
+    image = image.to(torch.float32)
+    low, high = image.min().item(), image.max().item()
+    white = 255.0 if do_rescale else 1.0
+    if not (low >= 0 and high <= white):
+        raise ValueError(
+            f"A float image has values {low:g}..{high:g}; with do_rescale={bool(do_rescale)} they must be in "
+            f"0..{white:g}. Pixel values that are already normalised go to the model as pixel_values=."
+        )
+    if do_rescale and 0 < high <= 1:
+        raise ValueError(
+            f"A float image has values {low:g}..{high:g} and do_rescale=True would divide them by 255 again; pass "
+            "do_rescale=False for floats in 0..1."
+        )
+    return image
 
-    if channels == 4:
-        colour, alpha = image[:3].to(torch.float32), image[3:].to(torch.float32)
-        blended = (colour * alpha + white * (white - alpha)) / white
-        image = blended if image.is_floating_point() else blended.round().to(torch.uint8)
-    return image.expand(3, -1, -1).contiguous()
+
+def _over_white(image: torch.Tensor, white: float) -> torch.Tensor:
+    """Lay an RGBA image, whose largest value is `white`, over white."""
+    colour, alpha = image[:3].to(torch.float32), image[3:].to(torch.float32)
+    blended = (colour * alpha + white * (white - alpha)) / white
+    return blended if image.is_floating_point() else blended.round().to(torch.uint8)
 
 
 def fetch_images(images: Any) -> Any:
