@@ -76,6 +76,7 @@ def push(hub, client):
         words = [*map(str, args), *(["--token", token] if token else [])]
         code = f"""
 import __main__
+from diffclip_hf.conversion import push_to_hub
 __main__.lines.clear()
 status = push_to_hub.main({words!r})
 result = [status, "\\n".join(__main__.lines)]
