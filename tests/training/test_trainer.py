@@ -453,39 +453,6 @@ def test_refused(tmp_path):
         trainer(tmp_path, train_dataset=stream).train()
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"label_smoothing_factor": 0.1},
-        {"include_for_metrics": ["loss"]},
-        {"prediction_loss_only": True},
-        {"label_names": ["targets"]},
-        {"train_sampling_strategy": "group_by_length"},
-        {"auto_find_batch_size": True},
-        {"use_cache": True},
-        {"eval_use_gather_object": True},
-        {"accelerator_config": {"split_batches": True}},
-        {"accelerator_config": {"dispatch_batches": True}},
-        {"contrastive_chunk_size": 2, "torch_empty_cache_steps": 1},
-        {"contrastive_chunk_size": 2, "optim": "lomo"},
-    ],
-)
-def test_arguments_without_effect_are_refused(given, tmp_path):
-    arguments_given = arguments(tmp_path, **given)
-    name = [
-        word for value in list(given.items())[-1:] for word in (value[1] if isinstance(value[1], dict) else [value[0]])
-    ]
-    with pytest.raises(ValueError, match=f"^{name[0]}.* is given, but .*; leave it out"):
-        DiffCLIPTrainer(tiny_model(), arguments_given)
-
-
-@pytest.mark.parametrize("given", [{"neftune_noise_alpha": 5.0}, {"include_num_input_tokens_seen": "all"}])
-def test_arguments_about_texts_are_for_models_of_texts(given, tmp_path):
-    with pytest.raises(ValueError, match="is given, but DiffCLIPForImageClassification"):
-        trainer(tmp_path, classifier(), **given)
-    trainer(tmp_path, max_steps=1, **given).train()
-
-
 def test_noise_of_neftune_has_its_effect(tmp_path):
     plain, noisy = (trainer(tmp_path, max_steps=1, **options) for options in ({}, {"neftune_noise_alpha": 50.0}))
     for run in (plain, noisy):

@@ -23,7 +23,7 @@ from ..data.shards import names_shards
 from ..model.configuration_diffclip import DiffCLIPConfig
 from ..zero_shot import label_texts
 from ..zero_shot_templates import IMAGENET_TEMPLATES
-from .trainer import DiffCLIPTrainingArguments
+from .arguments import DiffCLIPTrainingArguments
 
 
 CONTRASTIVE, CLASSIFICATION = "contrastive", "image-classification"
