@@ -50,12 +50,22 @@ def bool_mask(kind: str, batch: int, length: int) -> torch.Tensor | None:
     return None
 
 
+@pytest.fixture
+def threads(request):
+    """PyTorch's threads, on whose number the blocks depend; the tests have one otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 # Entries a thread: everything in one block; some batch rows; some pairs; some query rows; a single one.
 @pytest.mark.parametrize("entries", [10**9, 2 * 4 * 19 * 19, 2 * 19 * 19, 2 * 19 * 5, 1])
 @pytest.mark.parametrize("mask", ["none", "causal", "left padding"])
-def test_every_cut_is_the_formula(entries, mask, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_every_cut_is_the_formula(entries, mask, threads, monkeypatch):
     batch, length, heads = 5, 19, 4
-    monkeypatch.setattr(blocked_attention_diffclip, "BLOCK_ENTRIES_PER_THREAD", entries // torch.get_num_threads())
+    monkeypatch.setattr(blocked_attention_diffclip, "BLOCK_ENTRIES_PER_THREAD", entries // threads)
     monkeypatch.setattr(blocked_attention_diffclip, "LEAST_ROWS", 1)
     tensors = draw(batch, length, heads, 8)
     attention_mask = bool_mask(mask, batch, length)
