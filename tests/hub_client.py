@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from hub_server import HubServer
 from PIL import Image
-from tiny import tiny_config
-from tokenizer_helper import tiny_clip_tokenizer
+from training_samples import tiny_pair_model, tiny_processor
 
-from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor, DiffCLIPTokenizer
+from diffclip_hf import DiffCLIPTokenizer
 
 
 # A later import of the package fails as if it weren't installed.
@@ -88,10 +87,7 @@ class Client:
 def save_tiny(folder: Path) -> list[list[float]]:
     """Save a tiny model and its processor, without code; return the logits of two texts for `picture()`."""
     torch.manual_seed(0)
-    tokenizer = tiny_clip_tokenizer(DiffCLIPTokenizer)
-    image_processor = DiffCLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = DiffCLIPProcessor(image_processor, tokenizer)
-    model = DiffCLIPModel(tiny_config(text={"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513})).eval()
+    model, processor = tiny_pair_model().eval(), tiny_processor(DiffCLIPTokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     with torch.no_grad():

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from tiny import EOS, randomised, tiny_config, tiny_inputs
-from tokenizer_helper import tiny_clip_tokenizer
+from tokenizer_helper import BYTES
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from training_samples import tiny_processor
 
-from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
+from diffclip_hf import DiffCLIPModel
 from diffclip_hf.training import DiffCLIPTrainingArguments, ZeroShotTask
 
 
@@ -88,16 +89,15 @@ def collate_labels(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 # The tiny tokenizer's, and the end-of-text token of tiny_inputs.
-TEXT = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": [EOS, 513]}
+TEXT = {**BYTES, "eos_token_id": [EOS, BYTES["eos_token_id"]]}
 LABELS = {"cat": ["cat", "kitten"], "dog": "dog", "house": "a very old house"}
 TEMPLATES = ["a {}.", "this is a picture of a {}."]
 
 
 def zero_shot_parts() -> dict:
-    image_processor = DiffCLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return {
         "model": randomised(DiffCLIPModel(tiny_config(text=TEXT))),
-        "processing_class": DiffCLIPProcessor(image_processor, tiny_clip_tokenizer()),
+        "processing_class": tiny_processor(),
         "zero_shot": ZeroShotTask(LabelledImages(10), collate_labels, LABELS, TEMPLATES),
     }
 

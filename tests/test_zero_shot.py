@@ -14,8 +14,9 @@ import torch
 from hub_client import picture
 from PIL import Image
 from tiny import randomised, tiny_config
-from tokenizer_helper import tiny_clip_tokenizer
+from tokenizer_helper import BYTES, tiny_clip_tokenizer
 from torch.nn.functional import normalize
+from training_samples import encoded, tiny_processor
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -31,7 +32,6 @@ from transformers import (
 from diffclip_hf import (
     IMAGENET_TEMPLATES,
     IMAGENET_TEMPLATES_SMALL,
-    DiffCLIPImageProcessorPil,
     DiffCLIPModel,
     DiffCLIPProcessor,
     DiffCLIPTokenizer,
@@ -43,7 +43,6 @@ from diffclip_hf.zero_shot import image_files
 
 # Of different lengths, so that batches pad, and with one twice, as among ImageNet's usual names.
 LABELS = ["cat", "a very small brown dog", "ox", "sunglasses", "tree", "sunglasses", "the inside of an old house"]
-TEXT = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}
 SIDE = 32
 
 
@@ -56,22 +55,19 @@ def _no_bars():
 
 @pytest.fixture(scope="module")
 def model():
-    return randomised(DiffCLIPModel(tiny_config(text=TEXT)))
+    return randomised(DiffCLIPModel(tiny_config(text=BYTES)))
 
 
 @pytest.fixture(scope="module")
 def processor():
-    image_processor = DiffCLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
-    return DiffCLIPProcessor(image_processor, tiny_clip_tokenizer(DiffCLIPTokenizer))
+    return tiny_processor(DiffCLIPTokenizer)
 
 
 def clip() -> tuple[CLIPModel, CLIPProcessor]:
     """Transformers' own model, small, and its processor."""
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
-        text_config={**tower, **TEXT}, vision_config={**tower, "image_size": SIDE, "patch_size": 8}, projection_dim=24
+        text_config={**tower, **BYTES}, vision_config={**tower, "image_size": SIDE, "patch_size": 8}, projection_dim=24
     )
     image_processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     return randomised(CLIPModel(config)), CLIPProcessor(image_processor, tiny_clip_tokenizer())
@@ -207,16 +203,14 @@ def test_batch_sizes_dont_matter(model, processor, images, expected, batch_size)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def encoded(image: Image.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return {"bytes": buffer.getvalue(), "path": None}
+def row_of(image: Image.Image) -> dict:
+    return {"bytes": encoded(image, "PNG"), "path": None}
 
 
 @pytest.fixture(scope="module")
 def dataset(images) -> datasets.Dataset:
     features = datasets.Features({"label": datasets.Value("int64"), "photo": datasets.Image()})
-    rows = {"label": list(range(len(images))), "photo": [encoded(image) for image in images]}
+    rows = {"label": list(range(len(images))), "photo": [row_of(image) for image in images]}
     return datasets.Dataset.from_dict(rows, features=features)
 
 
@@ -239,9 +233,9 @@ GIVEN = {
     "column": lambda images, folder, dataset: dataset["photo"],
     "rows": lambda images, folder, dataset: ({"image": image, "other": 1} for image in images),
     "mixed": lambda images, folder, dataset: [images[0], *image_files(folder)[1:]],
-    "bytes": lambda images, folder, dataset: [encoded(image)["bytes"] for image in images],
-    "undecoded": lambda images, folder, dataset: [encoded(image) for image in images],
-    "file objects": lambda images, folder, dataset: [io.BytesIO(encoded(image)["bytes"]) for image in images],
+    "bytes": lambda images, folder, dataset: [row_of(image)["bytes"] for image in images],
+    "undecoded": lambda images, folder, dataset: [row_of(image) for image in images],
+    "file objects": lambda images, folder, dataset: [io.BytesIO(row_of(image)["bytes"]) for image in images],
     "dataset with a transform": lambda images, folder, dataset: dataset.with_transform(lambda rows: rows),
 }
 
@@ -258,7 +252,7 @@ def test_every_kind_of_input_gives_the_same(model, processor, images, folder, da
 def test_one_image_gives_one_list(model, processor, images, folder):
     classifier = ZeroShotClassifier(model, processor, LABELS)
     first = classifier(images)[0]
-    for image in (images[0], folder / "0.png", str(folder / "0.png"), encoded(images[0])["bytes"], encoded(images[0])):
+    for image in (images[0], folder / "0.png", str(folder / "0.png"), row_of(images[0])["bytes"], row_of(images[0])):
         assert_equal([classifier(image)], [first])
     assert_equal(classifier([images[0]]), [first])
 
@@ -306,7 +300,7 @@ def test_a_stream_reads_a_batch_at_a_time(model, processor, images):
 
 def test_the_mode_is_left_as_it_was(processor, images):
     """Some modules in training, others not; with dropout the scores would differ in training."""
-    model = randomised(DiffCLIPModel(tiny_config(text=TEXT, vision={"attention_dropout": 0.5})))
+    model = randomised(DiffCLIPModel(tiny_config(text=BYTES, vision={"attention_dropout": 0.5})))
     expected = ZeroShotClassifier(model, processor, LABELS).logits(images)
     model.train()
     model.text_model.eval()
@@ -328,7 +322,7 @@ def test_the_mode_is_left_as_it_was(processor, images):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float64, 1e-5)])
 def test_dtypes(processor, images, dtype, tolerance):
     """Against the model's own logits in that dtype, of up to 4.3, of which bfloat16 keeps 8 bits."""
-    model = randomised(DiffCLIPModel(tiny_config(text=TEXT))).to(dtype)
+    model = randomised(DiffCLIPModel(tiny_config(text=BYTES))).to(dtype)
     inputs = processor(text=[f"This is a photo of {label}." for label in LABELS], images=images, return_tensors="pt")
     with torch.inference_mode():
         expected = model(**inputs.to(dtype)).logits_per_image.float()
@@ -340,7 +334,7 @@ def test_dtypes(processor, images, dtype, tolerance):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device(processor, images, expected):
-    model = randomised(DiffCLIPModel(tiny_config(text=TEXT))).to("cuda")
+    model = randomised(DiffCLIPModel(tiny_config(text=BYTES))).to("cuda")
     classifier = ZeroShotClassifier(model, processor, LABELS)
     assert classifier.label_embeds.device.type == "cuda"
     torch.testing.assert_close(classifier.logits(images), expected, atol=1e-4, rtol=0)
@@ -355,7 +349,7 @@ def test_inputs_go_to_the_models_device_and_dtype(processor, images, monkeypatch
         seen.update({name: (value.device.type, value.dtype) for name, value in tensors.items()})
         return SimpleNamespace(pooler_output=torch.ones(1, 24))
 
-    model = DiffCLIPModel(tiny_config(text=TEXT)).to(torch.bfloat16)
+    model = DiffCLIPModel(tiny_config(text=BYTES)).to(torch.bfloat16)
     monkeypatch.setattr("diffclip_hf.zero_shot.execution_device", lambda model: torch.device("meta"))
     monkeypatch.setattr(model, "get_text_features", features)
     monkeypatch.setattr(model, "get_image_features", features)
@@ -368,7 +362,7 @@ def test_inputs_go_to_the_models_device_and_dtype(processor, images, monkeypatch
 
 
 def test_a_model_with_tuples_for_outputs(processor, images, expected):
-    model = randomised(DiffCLIPModel(tiny_config(text=TEXT, return_dict=False)))
+    model = randomised(DiffCLIPModel(tiny_config(text=BYTES, return_dict=False)))
     torch.testing.assert_close(
         ZeroShotClassifier(model, processor, LABELS).logits(images), expected, atol=1e-5, rtol=1e-5
     )
@@ -502,7 +496,7 @@ def test_images_that_are_refused(model, processor, images, folder, dataset, tmp_
     refused(dataset, "Row 0", "photo", "'nothing'", image_column="nothing")
     refused(dataset.remove_columns("photo"), "label", "image_column")
     refused(with_two_columns(dataset), "['photo', 'more']")
-    rows = {"photo": [encoded(images[0]), {"bytes": broken.read_bytes(), "path": None}]}
+    rows = {"photo": [row_of(images[0]), {"bytes": broken.read_bytes(), "path": None}]}
     refused(
         datasets.Dataset.from_dict(rows, features=datasets.Features({"photo": datasets.Image()})), "Image 1 can't be"
     )
@@ -512,7 +506,7 @@ def test_datasets_images_are_read_by_the_one_reader(model, processor, images, ex
     """`datasets` would open them with Pillow alone, which refuses this resolution, and runs Ghostscript on EPS."""
     classifier = ZeroShotClassifier(model, processor, LABELS)
     features = datasets.Features({"photo": datasets.Image()})
-    png = encoded(images[0])["bytes"]
+    png = row_of(images[0])["bytes"]
     broken = png[:33] + struct.pack(">I", 1) + b"pHYs\0" + struct.pack(">I", zlib.crc32(b"pHYs\0")) + png[33:]
     dataset = datasets.Dataset.from_dict({"photo": [{"bytes": broken, "path": None}]}, features=features)
     torch.testing.assert_close(classifier.logits(dataset), expected[:1], atol=1e-5, rtol=1e-5)

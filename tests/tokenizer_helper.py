@@ -4,6 +4,10 @@ from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
+# What a text tower's configuration has to have for it.
+BYTES = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}
+
+
 def tiny_clip_tokenizer(tokenizer_class: type[CLIPTokenizer] = CLIPTokenizer, **kwargs) -> CLIPTokenizer:
     """Return a tokenizer for every text; `kwargs` go to the class, `model_max_length` is 77 unless among them.
 

@@ -1,4 +1,4 @@
-"""Pictures, captions and tar shards for the tests of training, made on the spot."""
+"""Pictures, captions and tar shards, and the tiny model and processor that take them, made on the spot."""
 
 import io
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny import tiny_config
-from tokenizer_helper import tiny_clip_tokenizer
+from tokenizer_helper import BYTES, tiny_clip_tokenizer
+from transformers import CLIPTokenizer
 
 from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPModel, DiffCLIPProcessor
 
@@ -60,12 +61,12 @@ def write_shards(folder: Path, sizes: Iterable[int], stats: bool = True) -> list
     return paths
 
 
-def tiny_processor() -> DiffCLIPProcessor:
+def tiny_processor(tokenizer_class: type[CLIPTokenizer] = CLIPTokenizer) -> DiffCLIPProcessor:
     """A processor for images of 32×32 pixels and texts of bytes."""
     image_processor = DiffCLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return DiffCLIPProcessor(image_processor, tiny_clip_tokenizer())
+    return DiffCLIPProcessor(image_processor, tiny_clip_tokenizer(tokenizer_class))
 
 
 def tiny_pair_model() -> DiffCLIPModel:
     """A model that takes what `tiny_processor` makes, with the weights that a new one starts with."""
-    return DiffCLIPModel(tiny_config(text={"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}))
+    return DiffCLIPModel(tiny_config(text=BYTES))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from tiny import TOWER
-from tokenizer_helper import tiny_clip_tokenizer
+from tokenizer_helper import BYTES, tiny_clip_tokenizer
 from training_samples import tiny_pair_model, tiny_processor
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
@@ -300,7 +300,7 @@ def test_the_tokenizers_of_other_models():
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_other_clip_like_models_load(kind, tmp_path):
-    text = {**TOWER, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}
+    text = {**TOWER, **BYTES}
     towers = {"text_config": text, "vision_config": {**TOWER, "image_size": 32, "patch_size": 8}}
     model = CLIPModel(CLIPConfig(**towers)) if kind == "clip" else SiglipModel(SiglipConfig(**towers))
     model.save_pretrained(tmp_path)

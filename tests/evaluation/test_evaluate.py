@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from tiny import randomised
-from tokenizer_helper import tiny_clip_tokenizer
+from tokenizer_helper import BYTES, tiny_clip_tokenizer
 from torch.nn.functional import normalize
 from training_samples import encoded, picture, tiny_pair_model, tiny_processor, write_tar
 from transformers import (
@@ -56,7 +56,7 @@ def diffclip():
 
 
 def clip():
-    text = {**TOWER, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}
+    text = {**TOWER, **BYTES}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=IMAGE, projection_dim=24))
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return randomised(model), CLIPProcessor(image_processor, tiny_clip_tokenizer())

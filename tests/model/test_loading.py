@@ -9,13 +9,12 @@ import pytest
 import torch
 from hub_client import WITHOUT_PACKAGE, picture
 from tiny import tiny_config
-from tokenizer_helper import tiny_clip_tokenizer
+from tokenizer_helper import BYTES
+from training_samples import tiny_processor
 
 from diffclip_hf import (
     DiffCLIPForImageClassification,
-    DiffCLIPImageProcessorPil,
     DiffCLIPModel,
-    DiffCLIPProcessor,
     DiffCLIPTokenizer,
     DiffCLIPVisionModel,
     add_remote_code,
@@ -40,12 +39,8 @@ def folders(tmp_path_factory) -> Path:
     """Three models' folders, with processors and without code, and the first one's logits in `expected.pt`."""
     root = tmp_path_factory.mktemp("folders")
     torch.manual_seed(0)
-    tokenizer = tiny_clip_tokenizer(DiffCLIPTokenizer)
-    ids = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}
-    processor = DiffCLIPProcessor(
-        DiffCLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
-    )
-    config = tiny_config(text=ids, num_labels=3)
+    processor = tiny_processor(DiffCLIPTokenizer)
+    config = tiny_config(text=BYTES, num_labels=3)
     model = DiffCLIPModel(config).eval()
     model.save_pretrained(root / "clip")
     processor.save_pretrained(root / "clip")
