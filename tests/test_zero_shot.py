@@ -88,6 +88,8 @@ def folder(tmp_path_factory, images) -> Path:
         image.save(folder / ("z" if index == len(images) - 1 else "") / f"{index}.{'PNG' if index % 2 else 'png'}")
     (folder / "notes.txt").write_text("not a picture")
     (folder / "._0.png").write_text("what macOS leaves beside a file")
+    (folder / ".ipynb_checkpoints").mkdir()
+    images[0].save(folder / ".ipynb_checkpoints" / "0-checkpoint.png")
     return folder
 
 

@@ -301,7 +301,12 @@ def draw_grid(
     Source: the layout of paper arXiv 2503.06626, figure 2.
     """
     images, values = [_array(image) for image in images], _array(values)
-    if values.ndim != 4 or values.shape[:2] != (len(queries), len(models)) or len(images) != len(queries):
+    if (
+        not images
+        or values.ndim != 4
+        or values.shape[:2] != (len(queries), len(models))
+        or len(images) != len(queries)
+    ):
         raise ValueError(
             f"values is of shape {values.shape}, with {len(images)} images, {len(queries)} queries and {len(models)} "
             "models; it must be (queries, models, rows, columns), with an image for each query."
@@ -579,7 +584,7 @@ def _array(given: Any) -> np.ndarray:
 
 
 def _layer_index(layer: int, name: str, layers: int) -> int:
-    if not isinstance(layer, int) or not -layers <= layer < layers:
+    if not isinstance(layer, int) or isinstance(layer, bool) or not -layers <= layer < layers:
         raise ValueError(f"{name} is {layer!r}; it must be from {-layers} to {layers - 1}.")
     return layer % layers
 

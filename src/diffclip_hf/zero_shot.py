@@ -32,7 +32,7 @@ BATCH_SIZE = 64
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
-    """List a folder's pictures, those of its sub-folders among them, sorted by path; hidden files are left out.
+    """List a folder's pictures, those of its sub-folders among them, sorted by path; what is hidden is left out.
 
     Raises:
         ValueError: It isn't a folder, or has no file whose name ends like a picture's (`IMAGE_SUFFIXES`).
@@ -43,7 +43,9 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
     )
     if not found:
         raise ValueError(

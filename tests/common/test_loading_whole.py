@@ -119,8 +119,9 @@ def test_a_configuration_of_another_model(copy, fields, words):
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "clop"}'), "clop"),
         (lambda folder: change_config(folder, hidden_size="32"), "hidden_size"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "diffclip", "id2label": 5}'), "config"),
     ],
-    ids=["no weights", "damaged weights", "no config", "no JSON", "unknown", "wrong type"],
+    ids=["no weights", "damaged weights", "no config", "no JSON", "unknown", "wrong type", "no mapping"],
 )
 def test_a_damaged_folder(copy, damage, words):
     damage(copy)

@@ -37,11 +37,11 @@ def test_code_goes_beside_a_snapshot_of_the_hubs_cache_and_not_into_its_blobs(tm
     assert {path.name for path in snapshot.iterdir()} == {*CODE_FILES, *(path.name for path in folder.iterdir())}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"image_processor": 3}'])
 def test_a_broken_file_stops_it_before_anything_is_written(folder, content):
     (folder / "processor_config.json").write_text(content)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"processor_config\.json (isn't JSON|holds a JSON list)"):
+    with pytest.raises(ValueError, match=r"processor_config\.json (isn't JSON|holds a JSON list|must be an object)"):
         add_remote_code(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

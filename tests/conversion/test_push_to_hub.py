@@ -353,6 +353,11 @@ def test_refuses_a_folder_without_weights_or_processor(push, hub, folder):
     refused(push, hub, folder, words=r"has no tokenizer\.json")
 
 
+def test_refuses_a_processor_of_another_structure(push, hub, folder):
+    (folder / "processor_config.json").write_text('{"image_processor": 3}')
+    refused(push, hub, folder, words=r"The processor of .* can't be loaded")
+
+
 def test_refuses_another_models_tokenizer(push, hub, folder):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 5

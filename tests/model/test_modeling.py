@@ -909,6 +909,9 @@ def test_a_plain_mistake_is_one_line_that_names_the_mend(call, error, message):
         ([0], 3, TypeError, "labels is of type list; it must be a tensor"),
         (torch.tensor([0, 1]), 3, ValueError, r"labels has shape \(2,\); .* each of 1 images"),
         (torch.tensor([0]), 0, ValueError, "the model has no classes; load it with num_labels"),
+        (torch.tensor(0), 3, ValueError, r"labels has shape \(\); .* each of 1 images"),
+        (torch.tensor([3]), 3, ValueError, r"labels holds 3; a class must be from 0 to 2 \(num_labels - 1\)"),
+        (torch.tensor([-1]), 3, ValueError, "labels holds -1; a class must be from 0 to 2"),
     ],
 )
 def test_labels_that_are_not_the_images(labels, num_labels, error, message):

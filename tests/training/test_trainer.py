@@ -460,9 +460,10 @@ def test_noise_of_neftune_has_its_effect(tmp_path):
     assert abs(losses(plain)[0] - losses(noisy)[0]) > 1e-3
 
 
-def test_a_label_out_of_range_is_named(tmp_path):
-    rows = [{**LabelledImages()[0], "labels": 7}]
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_out_of_range_is_named(tmp_path, label):
+    rows = [{**LabelledImages()[0], "labels": label}]
     run = trainer(tmp_path, classifier(), train_dataset=rows, eval_dataset=rows, data_collator=collate_labels)
     for method in (run.train, run.evaluate):
-        with pytest.raises(ValueError, match=r"A label is 7; there are \d labels, so it must be in 0\.\.\d"):
+        with pytest.raises(ValueError, match=rf"A label is {label}; there are \d labels, so it must be in 0\.\.\d"):
             method()

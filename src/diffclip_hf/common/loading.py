@@ -36,7 +36,11 @@ POOLS_AT_END = ("diffclip_text_model", "clip_text_model")
 # What CLIP's first configurations have instead of the id; their text towers pool at the largest id.
 OLD_END = 2
 # Everything that Transformers raises for files that are missing, damaged or of another kind.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError, StrictDataclassError)
+_LOADING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError, StrictDataclassError),
+    # Of JSON that has a list or a number in a mapping's place.
+    *(AttributeError, TypeError, IndexError),
+)
 
 
 # Names --------------------------------------------------------------------------------------------------------------

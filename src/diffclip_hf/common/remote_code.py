@@ -88,7 +88,7 @@ def files_to_share(folder: str | os.PathLike, also: Iterable[str] = ()) -> list[
         ValueError: It isn't a folder, it has no weights as safetensors, or a file to share is a link, which may lead
             anywhere.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
     names = sorted(path.name for path in folder.iterdir())
@@ -118,13 +118,13 @@ def add_remote_code(folder: str | os.PathLike) -> None:
         FileNotFoundError: The folder has no `config.json`.
         ValueError: Its `model_type` isn't one of DiffCLIP's, or a file isn't JSON; nothing is written then.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; save a model there first.")
     config = _read_json(config_file)
     model_type = config.get("model_type")
-    if model_type not in _MODEL_AUTO_MAPS:
+    if not isinstance(model_type, str) or model_type not in _MODEL_AUTO_MAPS:
         raise ValueError(f"model_type in {config_file} is {model_type!r}; it must be one of {list(_MODEL_AUTO_MAPS)}.")
     # All is read before anything is written.
     contents = {**_processor_files(folder), config_file: {**config, "auto_map": _MODEL_AUTO_MAPS[model_type]}}
@@ -141,6 +141,8 @@ def _processor_files(folder: Path) -> dict[Path, dict[str, Any]]:
     if processor_file.is_file():
         content = {**_read_json(processor_file), "auto_map": _PROCESSOR_AUTO_MAP}
         if "image_processor" in content:
+            if not isinstance(content["image_processor"], dict):
+                raise ValueError(f"image_processor in {processor_file} must be an object.")
             content["image_processor"] = {**content["image_processor"], "auto_map": _IMAGE_PROCESSOR_AUTO_MAP}
         found[processor_file] = content
     image_processor_file = folder / "preprocessor_config.json"

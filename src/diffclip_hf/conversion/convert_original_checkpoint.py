@@ -407,7 +407,7 @@ def resolve_source(args: argparse.Namespace) -> tuple[Path, str, dict[str, Any]]
         ConversionError: The Hub has no such file.
     """
     if args.checkpoint is not None:
-        path = Path(args.checkpoint)
+        path = Path(args.checkpoint).expanduser()
         return path, args.variant, {"file": path.name}
     variant = KNOWN_REPOSITORIES.get(args.repo_id, args.variant)
     path, commit = download_checkpoint(args.repo_id, args.filename, args.revision, args.token)

@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where the folder doesn't fit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args(argv)
-    return run_command(lambda: convert(Path(args.folder), Path(args.output)), logger)
+    return run_command(lambda: convert(Path(args.folder).expanduser(), Path(args.output).expanduser()), logger)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def upload(repository: dict[str, Path], args: argparse.Namespace) -> bool:
 
 def push(args: argparse.Namespace) -> None:
     """Upload as the command line says."""
-    folder = Path(args.folder)
+    folder = Path(args.folder).expanduser()
     try:
         validate_repo_id(args.repo_id)
     except HFValidationError as error:

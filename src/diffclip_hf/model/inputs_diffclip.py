@@ -174,14 +174,24 @@ def check_labels(labels: Any, batch_size: int, num_labels: int) -> None:
 
     Raises:
         TypeError: They aren't a tensor.
-        ValueError: There are no classes, or there is another number of images.
+        ValueError: There are no classes, there is another number of images, or a class isn't among the model's; -100,
+            which counts for nothing in the loss, may stand for one.
     """
     _check_is_tensor("labels", labels, "torch.tensor([...]), a class's index for each image")
     if num_labels == 0:
         raise ValueError("labels are given, but the model has no classes; load it with num_labels=...")
-    if len(labels) != batch_size:
+    if labels.ndim == 0 or len(labels) != batch_size:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}; it must have a row for each of {batch_size} images."
+        )
+    is_classes = labels.ndim == 1 and num_labels > 1 and not labels.is_floating_point()
+    if not is_classes or labels.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    # On a GPU the loss would end the process.
+    wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
+    if len(wrong):
+        raise ValueError(
+            f"labels holds {wrong[0].item()}; a class must be from 0 to {num_labels - 1} (num_labels - 1)."
         )
 
 

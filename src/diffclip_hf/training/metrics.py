@@ -30,9 +30,10 @@ class ZeroShotTask:
 
 
 def check_labels(labels: Any, count: int) -> None:
-    """Raise a ValueError where one of a batch's labels, a tensor or array, isn't among so many."""
-    if len(labels) and (largest := int(labels.max())) >= count:
-        raise ValueError(f"A label is {largest}; there are {count} labels, so it must be in 0..{count - 1}.")
+    """Raise a ValueError where one of a batch's labels, a tensor or array, isn't among so many, or -100."""
+    wrong = labels[((labels < 0) | (labels >= count)) & (labels != -100)]
+    if len(wrong):
+        raise ValueError(f"A label is {int(wrong[0])}; there are {count} labels, so it must be in 0..{count - 1}.")
 
 
 def pair_metrics(
