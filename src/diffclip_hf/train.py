@@ -36,6 +36,7 @@ try:
     # Transformers' Trainer needs it, and says so in many lines.
     import accelerate  # noqa: F401
     from transformers import set_seed
+    from transformers.trainer import TRAINER_STATE_NAME
 
     from .training import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
     from .training.checkpoints import last_checkpoint
@@ -53,6 +54,8 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+# What is written when the training is done.
+OUTPUT_FILES = ("training_args.bin", "config.json", "model.safetensors", "trainer_state.json", "all_results.json")
 # What a fine-tune adds to a model that was trained on captions.
 NEW_WEIGHTS = ("classifier.",)
 
@@ -276,7 +279,8 @@ def resume_point(training_args: DiffCLIPTrainingArguments) -> str | None:
     """Return the checkpoint to resume from, None to start.
 
     Raises:
-        ValueError: The output folder has a checkpoint that isn't asked for, or none that is.
+        ValueError: The output folder has a checkpoint that isn't asked for, or none that is, or what is asked for is
+            none.
     """
     asked, folder = training_args.resume_from_checkpoint, training_args.output_dir
     found = last_checkpoint(folder or "")
@@ -288,7 +292,10 @@ def resume_point(training_args: DiffCLIPTrainingArguments) -> str | None:
             )
         return None
     if asked.lower() not in ("last", "true", "yes"):
-        return str(check_path(asked, "resume_from_checkpoint"))
+        path = check_path(asked, "resume_from_checkpoint")
+        if not (path / TRAINER_STATE_NAME).is_file():
+            raise ValueError(f"resume_from_checkpoint is {asked!r}, which has no {TRAINER_STATE_NAME}: no checkpoint.")
+        return str(path)
     if found is None:
         raise ValueError(f"resume_from_checkpoint is {asked!r}, but output_dir {folder} has no complete checkpoint.")
     return found
@@ -314,7 +321,8 @@ def run(
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir is {str(output)!r}, which is a file; name a folder.")
     if training_args.should_save:
-        check_output_file(output / "training_args.bin")
+        for name in OUTPUT_FILES:
+            check_output_file(output / name)
     set_seed(training_args.seed)
     make_parts = contrastive_parts if model_args.task == CONTRASTIVE else classification_parts
     parts = make_parts(model_args, data_args, training_args)

@@ -337,3 +337,22 @@ def test_each_pass_is_judged_by_itself(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="2 of 4 samples had to be skipped"):
         trainer.evaluate()
+
+
+def test_a_cut_pass_is_judged_with_those_before_it(tmp_path):
+    """One damaged row of 12 is allowed, also where it's met twice, in 12 + 3 rows, or resuming has 3 rows left."""
+    options = {"per_device_train_batch_size": 3, "train_sampling_strategy": "sequential", "save_strategy": "steps"}
+    first = {"train_dataset": rows(12, (0,)), "max_steps": 5, **options}
+    run(tmp_path / "cut", pair_model(), collator(share=0.15), **first).train()
+    with pytest.raises(ValueError, match=r"2 of 1[58] samples had to be skipped"):
+        run(tmp_path / "cut", pair_model(), collator(share=0.1), **first).train()
+    last = {"train_dataset": rows(12, (11,)), "max_steps": 4, "save_steps": 3, **options}
+    run(tmp_path / "whole", pair_model(), collator(share=0.1), **last).train()
+    again = run(tmp_path / "whole", pair_model(), collator(share=0.1), **last)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+
+def test_data_without_rows_trains_nothing_and_says_so(tmp_path):
+    for data in ([], stream(3, ()).filter(lambda row: False)):
+        with pytest.raises(ValueError, match="The training data has no rows"):
+            run(tmp_path, pair_model(), collator(), train_dataset=data, max_steps=2).train()

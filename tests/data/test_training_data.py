@@ -101,6 +101,11 @@ def test_parquet_files(tmp_path, split):
         check_pairs(loaded)
 
 
+def test_parquet_files_that_arent_there(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no file .*b\*\.parquet"):
+        load_image_text_dataset(str(tmp_path / "b*.parquet"))
+
+
 def test_parquet_with_plain_bytes(tmp_path):
     columns = {
         "jpg": [row["image"]["bytes"] for row in rows(range(3))],

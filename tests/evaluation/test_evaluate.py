@@ -454,6 +454,17 @@ def test_a_damaged_picture_stops_the_measurement(tmp_path):
 # Models and the cache -----------------------------------------------------------------------------------------------
 
 
+def test_embeddings_that_arent_finite_give_no_figures(tmp_path, captioned):
+    """A weight of a tower's projection is NaN; nothing of that tower is kept either."""
+    for part, kind in (("text_projection", "text"), ("visual_projection", "image")):
+        model, processor = diffclip()
+        getattr(model, part).weight.data[0, 0] = float("nan")
+        encoder = Encoder(model, processor, cache=EmbeddingCache(tmp_path / kind))
+        with pytest.raises(ValueError, match=f"{kind} embeddings aren't finite"):
+            RUN_TASK["retrieval"](encoder, DatasetSpec("captions", captioned), TaskOptions())
+        assert not list((tmp_path / kind).glob(f"{kind}s*"))
+
+
 def test_models_and_processors_that_lack_a_part():
     model, processor = diffclip()
     with pytest.raises(ValueError, match="has no get_image_features and no get_text_features"):

@@ -276,8 +276,21 @@ def test_output_folders_that_cant_be_written(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(train, "contrastive_parts", lambda *args: pytest.fail("worked"))
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    for name, words in (("file", "which is a file"), ("link", "isn't there"), ("file/below", "can't be written")):
+    (tmp_path / "run" / "model.safetensors").mkdir(parents=True)
+    for name, words in (
+        ("file", "which is a file"),
+        ("link", "isn't there"),
+        ("file/below", "can't be written"),
+        ("run", "model.safetensors exists and is not a file"),
+    ):
         caplog.clear()
         assert main([*NEW, *LINE, "--output_dir", str(tmp_path / name)]) == 1
         assert words in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "run"]
+
+
+def test_what_is_resumed_must_be_a_checkpoint(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(train, "contrastive_parts", lambda *args: pytest.fail("worked"))
+    line = [*NEW, *LINE, "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", str(tmp_path)]
+    assert main(line) == 1
+    assert "has no trainer_state.json: no checkpoint" in caplog.text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.commands import require_extra
 from ..common.loading import find_source
-from .dataset_files import check_depth, check_numbering, content_cache
+from .dataset_files import check_depth, check_numbering, content_cache, local_files
 from .label_names import name_labels, own_labels, renumbered, wrong_labels
 from .shards import ImageTextShards, expand_braces, names_shards
 
@@ -60,6 +60,8 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         source = find_source(source, repo_type="dataset")
         if os.path.isfile(source):
             raise ValueError(f"{source} is a file, and no Parquet file or tar shard; name a folder or a data set.")
+    elif "://" not in source and not local_files(source):
+        raise ValueError(f"There is no file {source}.")
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         if load_options:
             raise ValueError(f"{', '.join(load_options)} can't be used with {source!r}, a folder of save_to_disk.")

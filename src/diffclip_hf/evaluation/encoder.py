@@ -54,6 +54,16 @@ def text_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     }
 
 
+def _check_finite(embeds: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return embeddings, (rows, width); raise a ValueError where one isn't finite, of which every figure is wrong."""
+    if bad := int((~embeds.isfinite()).any(dim=1).sum()):
+        raise ValueError(
+            f"{bad} of {len(embeds)} {kind} embeddings aren't finite: the model's weights or its image processor's "
+            "mean and std are broken, or the dtype is too small for it."
+        )
+    return embeds
+
+
 class _Images(Dataset):
     """A data set's images, decoded, and made of one size in batches; one that can't be read is an error's text."""
 
@@ -196,7 +206,7 @@ class Encoder:
             rows: What each row's number is in errors, if not its index.
 
         Raises:
-            ValueError: An image can't be read, or there is no image tower of its own.
+            ValueError: An image can't be read, there is no image tower of its own, or an embedding isn't finite.
         """
         if pooled and not hasattr(self.model, "vision_model"):
             raise ValueError(f"The model is a {type(self.model).__name__}, which has no vision_model.")
@@ -226,7 +236,7 @@ class Encoder:
         """Return the texts' embeddings, L2-normalised, float32, (texts, width), on the CPU.
 
         Raises:
-            ValueError: A text has half of a character.
+            ValueError: A text has half of a character, or an embedding isn't finite.
         """
         for text in texts:
             check_text(text)
@@ -269,7 +279,7 @@ class Encoder:
                 found = tower(**inputs, return_dict=True).pooler_output.float()
                 embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
                 bar.update(len(pixel_values))
-        return torch.cat(embeds), digest.hexdigest()
+        return _check_finite(torch.cat(embeds), "image"), digest.hexdigest()
 
     def _tokenize(self, texts: Sequence[str]) -> list[Any]:
         """Return the texts' tokens, `TEXT_BATCH_SIZE` at once; say how many texts are cut."""
@@ -289,7 +299,7 @@ class Encoder:
                 found = self.model.get_text_features(**inputs, return_dict=True).pooler_output.float()
                 embeds.append(normalize(found, dim=-1).cpu())
                 bar.update(len(found))
-        return torch.cat(embeds)
+        return _check_finite(torch.cat(embeds), "text")
 
 
 __all__ = ["Encoder", "check_batches", "check_clip_like", "text_options"]

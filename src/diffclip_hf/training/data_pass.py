@@ -12,13 +12,23 @@ logger = logging.get_logger(__name__)
 
 
 class DataPass:
-    """Judges what the data set and the collator of one pass over data drop, in all processes together.
+    """Judges what the data set and the collator of passes over data drop, in all processes together.
 
-    It begins when it's made. Only parts with `counts` and `check` are judged.
+    The first pass begins when it's made. Passes are judged together, for one that's cut short, as training's last may
+    be, says too little of the data. Only parts with `counts` and `check` are judged.
+
+    Args:
+        dataset, collator: What the passes are made by.
+        seen_before: How many rows of all processes were judged before, as by the run that this one resumes.
     """
 
-    def __init__(self, dataset: Any, collator: Any):
+    def __init__(self, dataset: Any, collator: Any, seen_before: int = 0):
         self._parts = [part for part in (dataset, collator) if hasattr(part, "counts") and hasattr(part, "check")]
+        self._totals = [{"seen": seen_before} for _ in self._parts]
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another pass."""
         self._before = [dict(part.counts) for part in self._parts]
 
     def end(self, name: str) -> None:
@@ -27,11 +37,13 @@ class DataPass:
         Raises:
             ValueError: More was dropped than allowed, however little there was; in every process alike.
         """
-        for part, before in zip(self._parts, self._before, strict=True):
+        for part, before, total in zip(self._parts, self._before, self._totals, strict=True):
             counts = {kind: number - before[kind] for kind, number in part.counts.items()}
             logger.info(f"{type(part).__name__} after {name}: {counts}")
             own = torch.tensor([list(counts.values())], device=PartialState().device)
-            part.check(dict(zip(counts, gather(own).sum(0).tolist(), strict=True)))
+            for kind, number in zip(counts, gather(own).sum(0).tolist(), strict=True):
+                total[kind] = total.get(kind, 0) + number
+            part.check(total)
 
 
 __all__ = ["DataPass"]

@@ -25,6 +25,7 @@ class TrainingMoments(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.streams_begun = 0
+        self.training_pass = None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if has_length(train_dataloader):
@@ -39,7 +40,11 @@ class TrainingMoments(TrainerCallback):
         if hasattr(train_dataloader.dataset, "set_position"):
             skipped = 0 if args.ignore_data_skip else updates * args.gradient_accumulation_steps
             train_dataloader.dataset.set_position(epoch, skipped)
-        self.training_pass = DataPass(train_dataloader.dataset, self.collator)
+        if self.training_pass is None:
+            rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+            self.training_pass = DataPass(train_dataloader.dataset, self.collator, state.global_step * rows)
+        else:
+            self.training_pass.begin()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.training_pass.end(f"epoch {state.epoch:g}")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import CONFIG_NAME
 
 from ..common.remote_code import add_remote_code
@@ -34,6 +34,9 @@ from .weights import (
     to_float32,
     whole,
 )
+
+
+NO_ROWS = "The training data has no rows, so that nothing was trained."
 
 
 class DiffCLIPTrainer(Trainer):
@@ -133,6 +136,10 @@ class DiffCLIPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the training data, of which every row is in one process; see `Loaders.training`."""
         dataset: Any = self.train_dataset
+        if dataset is None:
+            raise ValueError("train_dataset is None; training needs one.")
+        if has_length(dataset) and not len(dataset):
+            raise ValueError(NO_ROWS)
         if self.args.world_size == 1 and not is_split(dataset) and not isinstance(dataset, IterableDataset):
             return super().get_train_dataloader()
         return self.loaders.training(dataset, self.data_collator, self._train_batch_size, self._get_train_sampler)
@@ -164,7 +171,7 @@ class DiffCLIPTrainer(Trainer):
         """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         Raises:
-            ValueError: There's no complete checkpoint to resume from.
+            ValueError: There's no complete checkpoint to resume from, or the data has no rows.
             FloatingPointError: A loss or gradient isn't finite; the weights weren't touched by it.
             OSError: A checkpoint can't be written.
         """
@@ -174,7 +181,11 @@ class DiffCLIPTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint is True, but {self.args.output_dir!r} has no complete checkpoint."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if output.global_step == 0:
+            # A stream's end is known only when it's there.
+            raise ValueError(NO_ROWS)
+        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
