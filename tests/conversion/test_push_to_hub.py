@@ -345,7 +345,7 @@ def test_refuses_what_is_no_diffclip(push, hub, folder, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}))
     refused(push, hub, folder, words="holds a 'clip' of class .* must be a 'diffclip'")
     (folder / "config.json").write_text("{")
-    refused(push, hub, folder, words=r"config\.json holds no JSON")
+    refused(push, hub, folder, words=r"config\.json isn't JSON")
 
 
 def test_refuses_a_folder_without_weights_or_processor(push, hub, folder):

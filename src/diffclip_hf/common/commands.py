@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +34,12 @@ def one_line(error: BaseException, longest: int = 1000) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def closest(word: str, words: Iterable[str]) -> str:
     """Return `"; did you mean …?"` with those of the words that are spelt like one, or `"."` where none is."""
     found = difflib.get_close_matches(word, list(words), n=2, cutoff=0.6)
@@ -49,6 +56,18 @@ class CommandParser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         hint = closest(unknown[1], set(re.findall(r"--[\w-]+", self.format_help()))) if unknown else "."
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')}{hint} See --help.\n")
+
+
+def started_as(module: str) -> str:
+    """Return how a command with a script of its own was started, for its usage.
+
+    Args:
+        module: The dotted name of the command's module, whose last part is also the script's name.
+    """
+    script = Path(sys.argv[0])
+    # `python -m` gives a spec, and the module's whole path.
+    is_script = sys.modules["__main__"].__spec__ is None and script.name == f"{module.split('.')[-1]}.py"
+    return f"python {script if is_script else f'-m {module}'}"
 
 
 def run_command(work: Callable[[], object], log: logging.Logger = logger) -> int:
@@ -106,9 +125,11 @@ __all__ = [
     "EXPECTED",
     "CommandParser",
     "closest",
+    "first_line",
     "missing_extra",
     "one_line",
     "require_extra",
     "run_command",
+    "started_as",
     "stop_without_extra",
 ]

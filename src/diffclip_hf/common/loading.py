@@ -5,7 +5,6 @@ vocabulary has two tokens. The commands load by these functions, which refuse bo
 """
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -22,7 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from .commands import closest, one_line, require_extra
+from .commands import closest, first_line, one_line, require_extra
+from .json_files import read_json_object
 
 
 logger = logging.getLogger(__name__)
@@ -166,12 +166,8 @@ def _named(source: str, part: str) -> Iterator[None]:
     try:
         yield
     except _LOADING_ERRORS as error:
-        first = (
-            str(error).strip().split("\n")[0].split(". If you")[0]
-            if isinstance(error, OSError)
-            else one_line(error, 400)
-        )
-        raise ValueError(f"The {part} of {source} can't be loaded: {first or type(error).__name__}") from error
+        reason = first_line(error).split(". If you")[0] if isinstance(error, OSError) else one_line(error, 400)
+        raise ValueError(f"The {part} of {source} can't be loaded: {reason}") from error
 
 
 # Models -------------------------------------------------------------------------------------------------------------
@@ -306,7 +302,7 @@ def load_model(
 def _with_adapter(source: str, adapter: Path, model_class: Any, new: Sequence[str], options: dict[str, Any]) -> Any:
     """Return the model of an adapter, which is loaded by itself, with the adapter."""
     require_extra("training", "peft")
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json_object(adapter).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{source} holds an adapter whose {ADAPTER} names no base_model_name_or_path.")
     # A revision and a folder are the adapter's.
@@ -436,7 +432,7 @@ def check_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found)
     # PyTorch raises an AssertionError for a CUDA device where it was built without CUDA.
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise ValueError(f"The device {str(device)!r} can't be used: {reason}.") from error
     if found.type == "meta":
         raise ValueError("The device 'meta' holds no numbers; name another, such as 'cpu'.")

@@ -1,7 +1,6 @@
 """Options of a command line and of a file, by the same types."""
 
 import argparse
-import json
 import re
 import types
 import typing
@@ -14,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .commands import closest, one_line
+from .json_files import parse_json_object
 
 
 KIND_NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a text", "texts")}
@@ -43,34 +43,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object that JSON's pairs make.
-
-    Raises:
-        ValueError: A key is given twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found
-
-
-def parse_json_object(text: str, what: str) -> dict[str, Any]:
-    """Return the JSON object in a text.
-
-    Raises:
-        ValueError: It's no JSON, or JSON of another kind, or gives a key twice; the message calls it `what`.
-    """
-    try:
-        found = json.loads(text, object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} isn't JSON: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{what} holds a {type(found).__name__}; it must hold fields by name, as in {{...}}.")
-    return found
 
 
 def read_options(path: Path, what: str) -> dict[str, Any]:
@@ -255,4 +227,4 @@ class OptionParser(HfArgumentParser):
         return found
 
 
-__all__ = ["OptionParser", "check_names", "parse_json_object", "read_options"]
+__all__ = ["OptionParser", "check_names", "read_options"]

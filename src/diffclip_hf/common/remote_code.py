@@ -3,7 +3,6 @@
 And what of a model's folder may leave the machine at all.
 """
 
-import json
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .json_files import json_text, read_json_object
 from .whole_files import write_text_whole, write_whole
 
 
@@ -52,8 +52,6 @@ _MODEL_AUTO_MAPS = {
         "AutoModel": "modeling_diffclip.DiffCLIPVisionModel",
     },
 }
-
-
 _PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_diffclip.DiffCLIPProcessor"}
 _IMAGE_PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": {
@@ -63,16 +61,6 @@ _IMAGE_PROCESSOR_AUTO_MAP = {
 }
 # A pair of a slow tokenizer, of which there is none, and a fast one.
 _TOKENIZER_AUTO_MAP = {"AutoTokenizer": [None, "processing_diffclip.DiffCLIPTokenizer"]}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} isn't JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; it must be an object.")
-    return content
 
 
 def files_to_share(folder: str | os.PathLike, also: Iterable[str] = ()) -> list[Path]:
@@ -122,7 +110,7 @@ def add_remote_code(folder: str | os.PathLike) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; save a model there first.")
-    config = _read_json(config_file)
+    config = read_json_object(config_file)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _MODEL_AUTO_MAPS:
         raise ValueError(f"model_type in {config_file} is {model_type!r}; it must be one of {list(_MODEL_AUTO_MAPS)}.")
@@ -131,7 +119,7 @@ def add_remote_code(folder: str | os.PathLike) -> None:
     for name in CODE_FILES:
         write_whole(folder / name, partial(shutil.copyfile, _ROOM / name))
     for path, content in contents.items():
-        write_text_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text_whole(path, json_text(content))
 
 
 def _processor_files(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -139,7 +127,7 @@ def _processor_files(folder: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     processor_file = folder / "processor_config.json"
     if processor_file.is_file():
-        content = {**_read_json(processor_file), "auto_map": _PROCESSOR_AUTO_MAP}
+        content = {**read_json_object(processor_file), "auto_map": _PROCESSOR_AUTO_MAP}
         if "image_processor" in content:
             if not isinstance(content["image_processor"], dict):
                 raise ValueError(f"image_processor in {processor_file} must be an object.")
@@ -147,10 +135,10 @@ def _processor_files(folder: Path) -> dict[Path, dict[str, Any]]:
         found[processor_file] = content
     image_processor_file = folder / "preprocessor_config.json"
     if image_processor_file.is_file():
-        found[image_processor_file] = {**_read_json(image_processor_file), "auto_map": _IMAGE_PROCESSOR_AUTO_MAP}
+        found[image_processor_file] = {**read_json_object(image_processor_file), "auto_map": _IMAGE_PROCESSOR_AUTO_MAP}
     tokenizer_file = folder / "tokenizer_config.json"
     if tokenizer_file.is_file():
-        content = _read_json(tokenizer_file)
+        content = read_json_object(tokenizer_file)
         if content.get("tokenizer_class") == "DiffCLIPTokenizer":
             found[tokenizer_file] = {**content, "auto_map": _TOKENIZER_AUTO_MAP}
     return found

@@ -1,14 +1,17 @@
-"""Convert a checkpoint of the original DiffCLIP code, or of its CLIP baseline, into a Transformers folder.
+"""Convert a checkpoint of the original DiffCLIP code, or of its CLIP baseline, into a folder for Transformers.
 
-python conversion/convert_original_checkpoint.py --repo-id hammh0a/DiffCLIP_ViTB16_CC12M --output-dir diffclip-vitb16
-python conversion/convert_original_checkpoint.py --checkpoint checkpoint_best.pt --output-dir diffclip-vitb16
+  python conversion/convert_original_checkpoint.py --checkpoint checkpoint_best.pt --output-dir diffclip-vitb16
+  python -m diffclip_hf.conversion.convert_original_checkpoint \\
+    --repo-id hammh0a/DiffCLIP_ViTB16_CC12M --output-dir diffclip-vitb16
+
+The first form is for a clone of the repository, the second for an installed package; both take a checkpoint on this
+machine or one of the Hub.
 
 The folder is written only if it gives the numbers of the original's forward pass; `conversion_report.json` in it says
 how closely, and what was assumed.
 """
 
 import argparse
-import json
 import logging
 import math
 import platform
@@ -36,7 +39,8 @@ from diffclip_hf import (
     add_remote_code,
 )
 
-from ..common.commands import CommandParser, run_command
+from ..common.commands import CommandParser, run_command, started_as
+from ..common.json_files import json_text
 from ..common.loading import check_tokenizer, load_tokenizer
 from ..common.whole_files import check_output_folder, written_whole
 from ..model.hub_cache_diffclip import sha256_of
@@ -451,14 +455,18 @@ def convert(args: argparse.Namespace) -> None:
             "files": {file.name: describe_file(file) for file in sorted(beside.iterdir())},
             "versions": {**versions, "python": platform.python_version()},
         }
-        content = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        (beside / REPORT_FILE).write_text(content, encoding="utf-8")
+        (beside / REPORT_FILE).write_text(json_text(report), encoding="utf-8")
     logger.info("Wrote %s: %s, %d parameters.", folder, report["variant"], report["parameters"]["total"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog=started_as("diffclip_hf.conversion.convert_original_checkpoint"),
+        usage="%(prog)s (--checkpoint FILE.pt | --repo-id OWNER/NAME) --output-dir DIR [OPTIONS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="FILE.pt", help="a checkpoint on this machine")
     source.add_argument("--repo-id", metavar="OWNER/NAME", help="a repository of the Hub that holds a checkpoint")

@@ -1,6 +1,9 @@
-"""Write a Transformers folder's weights as a checkpoint of the original code: the reverse of the conversion.
+"""Write a converted model's weights as a checkpoint of the original code: the reverse of the conversion.
 
-python conversion/convert_to_original.py diffclip-vitb16 checkpoint.pt
+  python conversion/convert_to_original.py diffclip-vitb16 checkpoint.pt
+  python -m diffclip_hf.conversion.convert_to_original diffclip-vitb16 checkpoint.pt
+
+The first form is for a clone of the repository, the second for an installed package.
 """
 
 import argparse
@@ -18,10 +21,10 @@ from safetensors.torch import load_file
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
 
-from ..common.commands import CommandParser, run_command
+from ..common.commands import CommandParser, run_command, started_as
+from ..common.json_files import read_json_object
 from ..common.loading import load_config
 from ..common.whole_files import check_output_file, write_whole
-from .model_card import read_json
 from .original_checkpoint import ConversionError, check_tensors, listed
 from .original_keys import key_table_of
 
@@ -72,7 +75,7 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        shards = read_json(index).get("weight_map")
+        shards = read_json_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(_SHARD.fullmatch(str(name)) for name in shards.values()):
             raise ConversionError(f"{index} has no weight_map from each key to a shard of {folder}.")
         names = sorted(set(shards.values()))
@@ -173,7 +176,11 @@ def convert(folder: Path, output: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(
+        prog=started_as("diffclip_hf.conversion.convert_to_original"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", metavar="DIR", help="a saved DiffCLIPModel: config.json and model.safetensors")
     parser.add_argument("output", metavar="FILE.pt", help="a file that is new, or empty")
     return parser.parse_args(argv)

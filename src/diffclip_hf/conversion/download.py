@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..common.commands import first_line
 from ..model.hub_cache_diffclip import check_cached_file
 from .original_checkpoint import ConversionError
 
@@ -90,7 +91,7 @@ def _cause(error: BaseException) -> str:
     """Return what the client met first, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _refusal(error: HfHubHTTPError) -> str:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 
 from diffclip_hf import DiffCLIPConfig
 
+from ..common.json_files import read_json_object
 from .convert_original_checkpoint import variant_of
 
 
@@ -56,21 +57,6 @@ class Card:
     license: str
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object.
-
-    Raises:
-        CardError: It holds no JSON, or another value than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CardError(f"{path} holds no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CardError(f"{path} holds a {type(content).__name__}; it must be an object.")
-    return content
-
-
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -98,7 +84,7 @@ def preprocessing(folder: Path) -> str:
     """Return what the image processor does, in words, from its saved values."""
     path = folder / "processor_config.json"
     try:
-        images = read_json(path)["image_processor"]
+        images = read_json_object(path)["image_processor"]
         edge, crop = images["size"]["shortest_edge"], images["crop_size"]
         mean, std = (", ".join(f"{value:g}" for value in images[name]) for name in ("image_mean", "image_std"))
         sides = f"{crop['height']}×{crop['width']}"

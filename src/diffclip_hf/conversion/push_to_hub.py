@@ -1,10 +1,12 @@
-"""Upload a converted folder to the Hugging Face Hub, with a model card, in one commit.
+"""Upload a model's folder to the Hugging Face Hub, with a model card, in one commit.
 
-python conversion/push_to_hub.py diffclip-vitb16 ORG/NAME --dataset cc12m
+  python conversion/push_to_hub.py diffclip-vitb16 ORG/NAME --dataset cc12m
+  python -m diffclip_hf.conversion.push_to_hub diffclip-vitb16 ORG/NAME --dataset cc12m
+
+The first form is for a clone of the repository, the second for an installed package.
 """
 
 import argparse
-import json
 import logging
 import shutil
 import sys
@@ -21,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, DiffCLIPProcessor, add_remote_code
 
-from ..common.commands import CommandParser, run_command
+from ..common.commands import CommandParser, one_line, run_command, started_as
+from ..common.json_files import json_text, read_json_object
 from ..common.loading import load_config, load_processor
 from ..common.remote_code import CODE_FILES, WEIGHTS, files_to_share
 from ..model.hub_cache_diffclip import sha256_of
 from .convert_original_checkpoint import REPORT_FILE
 from .convert_to_original import check_layers
-from .model_card import Card, read_json, render_card
+from .model_card import Card, render_card
 from .parity_gate import MAX_ERROR
 
 
@@ -58,7 +61,7 @@ def check_folder(folder: Path) -> list[Path]:
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     if missing:
         raise PushError(f"DIR {folder} has no {', '.join(missing)}; save model, image processor and tokenizer there.")
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     if config.get("model_type") != "diffclip" or config.get("architectures") != ["DiffCLIPModel"]:
         raise PushError(
             f"DIR {folder} holds a {config.get('model_type')!r} of class {config.get('architectures')}; it must be a "
@@ -119,7 +122,7 @@ def check_report(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         logger.warning("%s has no %s: the card will say that the numbers weren't checked.", folder, REPORT_FILE)
         return None
-    report = read_json(path)
+    report = read_json_object(path)
     try:
         largest, limit = float(report["gate"]["largest_error"]), float(report["gate"]["limit"])
         hashes = {str(name): str(about["sha256"]) for name, about in report["files"].items()}
@@ -175,9 +178,9 @@ def assemble(files: Iterable[Path], remote_code: bool, card: Card, folder: Path)
         repository |= {name: folder / name for name in CODE_FILES}
     else:
         for path in folder.glob("*.json"):
-            content = read_json(path)
+            content = read_json_object(path)
             if content != (kept := without_auto_map(content)):
-                path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                path.write_text(json_text(kept), encoding="utf-8")
     (folder / "README.md").write_text(render_card(card), encoding="utf-8")
     return repository | {"README.md": folder / "README.md"}
 
@@ -263,7 +266,7 @@ def reason_of(error: BaseException) -> str:
     reasons: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        text = " ".join(str(cause).split()) or type(cause).__name__
+        text = one_line(cause)
         if not any(text in reason for reason in reasons):
             reasons.append(text)
         cause = cause.__cause__
@@ -272,8 +275,13 @@ def reason_of(error: BaseException) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", help="what convert_original_checkpoint.py or save_pretrained wrote")
+    parser = CommandParser(
+        prog=started_as("diffclip_hf.conversion.push_to_hub"),
+        usage="%(prog)s DIR ORG/NAME [OPTIONS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", help="a folder that the conversion or save_pretrained wrote")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if it isn't there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch, made if it isn't there (default: main)")

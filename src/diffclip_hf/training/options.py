@@ -17,8 +17,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from ..common.commands import one_line, require_extra
+from ..common.json_files import parse_json_object
 from ..common.loading import load_config
-from ..common.options import OptionParser, check_names, parse_json_object, read_options
+from ..common.options import OptionParser, check_names, read_options
 from ..data.shards import names_shards
 from ..model.configuration_diffclip import DiffCLIPConfig
 from ..zero_shot import label_texts
