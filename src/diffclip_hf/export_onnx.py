@@ -35,7 +35,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from .common.commands import CommandParser, require_extra, run_command
-from .common.loading import check_tokenizer, load_tokenizer
+from .common.loading import check_tokenizer, load_processor, load_tokenizer
 from .common.loading import load_model as load_whole_model
 from .common.machine import describe_machine, describe_versions
 from .common.remote_code import add_remote_code
@@ -67,6 +67,7 @@ PROCESSOR_FILES = (
     "vocab.json",
     "merges.txt",
 )
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
 Inputs = dict[str, torch.Tensor]
 # What computes embeddings, (batch, projection_dim), in PyTorch or ONNX Runtime.
 Runner = Callable[[Inputs], np.ndarray]
@@ -398,7 +399,7 @@ def export_checked(tower: Tower, folder: Path, opset: int, int8: bool, runs: int
 
 
 def find_processor(source: str, config: DiffCLIPConfig) -> list[Path]:
-    """Return the files of a model's image processor and tokenizer, after a look whether the tokenizer is the model's.
+    """Return the files of a model's image processor and tokenizer, after a look whether they are the model's.
 
     Args:
         source: The model's folder or its id on the Hub.
@@ -406,16 +407,21 @@ def find_processor(source: str, config: DiffCLIPConfig) -> list[Path]:
 
     Raises:
         ExportError: The Hub can't be reached.
-        ValueError: The tokenizer has no vocabulary, or isn't the model's.
+        ValueError: The tokenizer has no vocabulary, or a part isn't the model's.
     """
     try:
         cached = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
     except OSError as error:
         raise ExportError(f"The processor of {source} can't be loaded: {error}") from error
     found = [Path(path) for path in cached if path]
-    # An image processor alone has a `preprocessor_config.json`; all else needs a tokenizer.
-    if any(path.name != "preprocessor_config.json" for path in found):
+    names = {path.name for path in found}
+    # An image processor alone has a `preprocessor_config.json`; a processor needs a tokenizer too.
+    tokenizer = names & TOKENIZER_FILES
+    if "processor_config.json" in names or (tokenizer and "preprocessor_config.json" in names):
+        load_processor(source, config)
+    elif tokenizer:
         check_tokenizer(load_tokenizer(source), config, source)
+        logger.warning("%s has no image processor: none is written.", source)
     if not found:
         logger.warning("%s has neither an image processor nor a tokenizer: none is written.", source)
     return found

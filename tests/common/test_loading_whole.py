@@ -24,6 +24,7 @@ from diffclip_hf.common.loading import (
     load_tokenizer,
 )
 from diffclip_hf.evaluation.clip_benchmark import load_for_clip_benchmark
+from diffclip_hf.export_onnx import find_processor
 
 
 @pytest.fixture(scope="module")
@@ -244,10 +245,37 @@ def test_a_lost_limit_is_the_models(copy, caplog):
     assert "texts are cut at 9" in caplog.text
 
 
-def test_a_lost_image_processor(copy):
+def test_a_lost_image_processor(copy, caplog):
     (copy / "processor_config.json").unlink()
+    find_processor(str(copy), load_config(copy))
+    assert "has no image processor: none is written" in caplog.text
     with pytest.raises(ValueError, match=r"has no processor_config\.json or preprocessor_config\.json"):
         load_processor(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"crop_size": {"height": 40, "width": 40}}, r"makes images of 40x40 pixels; the model's image_size is 32"),
+        ({"image_std": [0.0, 1.0, 1.0]}, r"has the image_std \[0\.0, 1\.0, 1\.0\]; each must be positive"),
+        ({"image_mean": [float("nan"), 1.0, 1.0]}, r"has the image_mean \[nan, 1\.0, 1\.0\]; each must be finite"),
+    ],
+)
+def test_another_models_image_processor(fields, words, copy):
+    """Every door that loads a processor refuses it by one function; the export has a door of its own."""
+    content = json.loads((copy / "processor_config.json").read_text())
+    content["image_processor"] |= fields
+    (copy / "processor_config.json").write_text(json.dumps(content))
+    config = load_config(copy)
+    for load in (lambda: load_processor(copy, config), lambda: find_processor(str(copy), config)):
+        with pytest.raises(ValueError, match=words):
+            load()
+
+
+def test_a_link_to_nothing(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"link is a link to .*gone, which isn't there\.$"):
+        load_model(tmp_path / "link")
 
 
 def test_a_tokenizer_alone_is_no_processor(tmp_path):

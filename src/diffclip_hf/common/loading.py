@@ -6,6 +6,7 @@ vocabulary has two tokens. The commands load by these functions, which refuse bo
 
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 PLACE_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 # Towers that pool at the end-of-text token's id, so that a tokenizer with another one gives wrong embeddings.
 POOLS_AT_END = ("diffclip_text_model", "clip_text_model")
+# Towers that take images of one size alone.
+FIXED_SIZE = ("diffclip_vision_model", "clip_vision_model")
 # What CLIP's first configurations have instead of the id; their text towers pool at the largest id.
 OLD_END = 2
 # Everything that Transformers raises for files that are missing, damaged or of another kind.
@@ -51,6 +54,8 @@ def _not_there(path: Path) -> str:
     missing, parent = path, path.parent
     while not parent.is_dir() and parent != parent.parent:
         missing, parent = parent, parent.parent
+    if missing.is_symlink():
+        return f"There is no {path}: {missing} is a link to {os.readlink(missing)}, which isn't there."
     if not parent.is_dir():
         return f"There is no {path}."
     near = closest(missing.name, sorted(entry.name for entry in parent.iterdir()))
@@ -366,6 +371,35 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig | None = None, name
         raise ValueError(f"{which} ends no text with the end-of-text id {ends[0]}, at which the model pools.")
 
 
+def check_image_processor(processor: Any, config: PreTrainedConfig | None, name: str | os.PathLike) -> None:
+    """Raise a ValueError unless an image processor gives finite pixels, and a model the size that it takes.
+
+    Args:
+        processor: Any of Transformers'.
+        config: The model's or its image tower's configuration; None to look at the numbers alone.
+        name: Where it comes from.
+    """
+    which = f"The image processor of {os.fspath(name)}"
+    mean, std = (getattr(processor, field, None) or [] for field in ("image_mean", "image_std"))
+    if getattr(processor, "do_normalize", False):
+        for field, values, is_right, allowed in (
+            ("image_mean", mean, all(map(math.isfinite, mean)), "finite"),
+            ("image_std", std, all(0 < value < math.inf for value in std), "positive and finite"),
+        ):
+            if not is_right:
+                raise ValueError(f"{which} has the {field} {list(values)}; each must be {allowed}.")
+    vision = getattr(config, "vision_config", config)
+    if getattr(vision, "model_type", None) not in FIXED_SIZE or not getattr(processor, "do_resize", False):
+        return
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    found = (size.get("height"), size.get("width"))
+    if None not in found and found != (vision.image_size, vision.image_size):
+        raise ValueError(
+            f"{which} makes images of {found[1]}x{found[0]} pixels; the model's image_size is {vision.image_size}, so "
+            "it is another model's image processor."
+        )
+
+
 def load_tokenizer(name: str | os.PathLike, tokenizer_class: Any = AutoTokenizer, **options: Any) -> Any:
     """Return a tokenizer that has a vocabulary.
 
@@ -399,7 +433,7 @@ def load_processor(
         options: As in `from_pretrained`.
 
     Raises:
-        ValueError: There's no such processor, a part is missing, or the tokenizer isn't the model's.
+        ValueError: There's no such processor, a part is missing, or a part isn't the model's.
     """
     source = _model_folder(name, options, *PROCESSOR_FILES)
     with _named(source, "processor"):
@@ -410,6 +444,7 @@ def load_processor(
             "processor there."
         )
     check_tokenizer(processor.tokenizer, config, source)
+    check_image_processor(processor.image_processor, config, source)
     longest = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and processor.tokenizer.model_max_length > longest:
         # As where tokenizer_config.json is lost: the first longer text would stop the model, hours into a run.
@@ -441,6 +476,7 @@ def check_device(device: str | torch.device) -> torch.device:
 
 __all__ = [
     "check_device",
+    "check_image_processor",
     "check_path",
     "check_tokenizer",
     "find_source",
