@@ -14,7 +14,7 @@ from tolerances import CLOSED_FORM, relative_error
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, DiffCLIPProcessor, visualization
+from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.visualization import (
     attention_maps,
     class_attention,
@@ -29,9 +29,11 @@ from diffclip_hf.visualization import (
     text_relevance,
     word_relevance,
 )
+from diffclip_hf.visualization.pictures import OPACITY
 
 
-EMOJI = Path(__file__).parent.parent / "embedded" / "diffclip-emoji"
+ROOT = Path(__file__).parents[1]
+EMOJI = ROOT / "embedded" / "diffclip-emoji"
 
 
 def assert_close(actual: np.ndarray, expected: torch.Tensor) -> None:
@@ -496,7 +498,7 @@ def test_words_are_coloured_by_their_share():
     (axis,) = figure.axes
     assert [text.get_text() for text in axis.texts] == ["first", "red", "apple", "second", "dog"]
     opacities = [patch.get_facecolor()[3] for patch in axis.patches]
-    np.testing.assert_allclose(opacities, [visualization.OPACITY / 4, visualization.OPACITY, 0])
+    np.testing.assert_allclose(opacities, [OPACITY / 4, OPACITY, 0])
     edges = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches]
     assert edges[0][1] < edges[1][0]
     with pytest.raises(ValueError, match="each text must have tokens and a title"):
@@ -576,11 +578,11 @@ def test_objects_are_composed_side_by_side(localization):
 
 
 def test_relevance_finds_the_asked_object_more_often_than_chance():
-    """In the report, whose figures are the README's."""
+    """In the report, whose figures are the guide's."""
     report = json.loads((EMOJI.parent / "localization.json").read_text(encoding="utf-8"))
-    readme = (EMOJI.parent.parent / "README.md").read_text(encoding="utf-8")
+    guide = " ".join((ROOT / "docs" / "guides" / "look.md").read_text(encoding="utf-8").split())
     assert (report["vendor"], report["chance"]) == ("google", 0.5)
-    assert f"Over {report['pictures']} pictures" in readme
+    assert f"On {report['pictures']} pictures" in guide
     for methods in report["models"]["diffclip-emoji"].values():
         for method, figures in methods.items():
             for name, figure in figures.items():
@@ -589,14 +591,13 @@ def test_relevance_finds_the_asked_object_more_often_than_chance():
                     continue
                 assert figure["low"] > 0.5
                 shown = [format(100 * figure[end], ".1f") for end in ("mean", "low", "high")]
-                assert name == "moved" or "{} ({}–{})".format(*shown) in readme
+                assert name == "moved" or "{} ({}–{})".format(*shown) in guide
 
 
 def test_clip_and_diffclip_trained_beside_each_other_find_it_too():
-    """On an equal budget, three seeds each; the README has the least and the largest."""
-    root = EMOJI.parent.parent
-    report = json.loads((root / "docs" / "comparison" / "localization.json").read_text(encoding="utf-8"))
-    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    """On an equal budget, three seeds each; the guide has the least and the largest."""
+    report = json.loads((ROOT / "docs" / "comparison" / "localization.json").read_text(encoding="utf-8"))
+    guide = " ".join((ROOT / "docs" / "guides" / "look.md").read_text(encoding="utf-8").split())
     for variant in ("clip", "diffclip"):
         ranges = []
         for layout in ("small", "wide"):
@@ -604,4 +605,4 @@ def test_clip_and_diffclip_trained_beside_each_other_find_it_too():
             assert all(figure["low"] > 0.5 for figure in found)
             means = [100 * figure["mean"] for figure in found]
             ranges.append(f"{min(means):.1f} to {max(means):.1f}")
-        assert " and ".join(ranges) in readme
+        assert " and ".join(ranges) in guide

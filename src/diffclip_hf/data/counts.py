@@ -59,7 +59,8 @@ class SkipCounts:
     def skip(self, kind: str, which: str, reason: str) -> None:
         """Count one more, and say which it was if it's the first of its kind."""
         self._counts.add(kind)
-        reason = " ".join(reason.split()).rstrip(".")
+        # A picture may be named by a path, or be base64 text in its place.
+        which, reason = f"{which:.200}", " ".join(reason.split()).rstrip(".")
         self._example = f"one of them is {which}: {reason}"
         if self.counts[kind] == 1:
             logger.warning(
