@@ -1,11 +1,12 @@
 """Train or fine-tune DiffCLIP from the command line.
 
-    accelerate launch -m diffclip_hf.train --config FILE [--option value ...]
+    python -m diffclip_hf.train --model_name_or_path MODEL --train_data DATA --output_dir FOLDER [OPTION ...]
+    accelerate launch -m diffclip_hf.train --config FILE --train_data DATA --output_dir FOLDER [OPTION ...]
     python -m diffclip_hf.train --help
 
-FILE is a YAML or JSON file of options, or the name of one of the package's recipes, such as `diffclip-vitb16` (the
-paper's settings); options on the command line override it. The options are those of Transformers' TrainingArguments,
-`contrastive_chunk_size`, and those of `ModelArguments` and `DataArguments` in `training_options`.
+FILE is a YAML or JSON file of options, or a recipe with the paper's settings, such as `diffclip-vitb16`. Options on
+the command line override it. They are those of `ModelArguments` and `DataArguments`, `contrastive_chunk_size`, and
+those of Transformers' `TrainingArguments`.
 """
 
 import logging
@@ -40,14 +41,9 @@ try:
 
     from .training import DiffCLIPTrainer, DiffCLIPTrainingArguments, ZeroShotTask
     from .training.checkpoints import last_checkpoint
-    from .training.options import (
-        CONTRASTIVE,
-        DataArguments,
-        ModelArguments,
-        build_config,
-        parse_arguments,
-        zero_shot_templates,
-    )
+    from .training.model_configs import build_config
+    from .training.options import CONTRASTIVE, DataArguments, ModelArguments, zero_shot_templates
+    from .training.parsing import parse_arguments
 except ModuleNotFoundError as error:
     stop_without_extra(error, "training", __name__)
 

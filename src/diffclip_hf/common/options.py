@@ -4,7 +4,8 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,9 @@ from .json_files import parse_json_object
 
 
 KIND_NAMES = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a text", "texts")}
+# What stands for an option's value in --help, by the first of its types that is here.
+METAVARS = {bool: "true|false", dict: "JSON", int: "NUMBER", float: "NUMBER"}
+MOST_CHOICES = 6  # more make --help hard to read
 # What YAML reads as a boolean.
 YAML_WORDS = {True: ("yes", "on", "true"), False: ("no", "off", "false", "none")}
 
@@ -98,24 +102,57 @@ def _object_or_text(name: str, text: str) -> dict[str, Any] | str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+@dataclass(frozen=True)
+class OptionGroup:
+    """Options that `--help` shows together.
+
+    Args:
+        title: What they are called.
+        note: What is said of them all, if anything.
+        names: Their names.
+    """
+
+    title: str
+    note: str | None
+    names: Collection[str]
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows each option by one of its spellings, though Transformers' parser takes `--a-b` for `--a_b`."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        values = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+
 class OptionParser(HfArgumentParser):
     """Transformers' parser of data classes, with errors of one line, and for options of a file too.
 
     Args:
         classes: The data classes.
         words: Option → boolean or None → what it stands for there, where an option takes words.
+        groups: How `--help` shows the options, in this order.
         kwargs: As in `argparse.ArgumentParser`.
 
     Raises:
         ValueError: From the parsing, where an option or its value doesn't fit.
     """
 
-    def __init__(self, classes: Sequence[type], words: dict[str, dict[bool | None, Any]], **kwargs: Any):
+    def __init__(
+        self,
+        classes: Sequence[type],
+        words: dict[str, dict[bool | None, Any]],
+        groups: Sequence[OptionGroup],
+        **kwargs: Any,
+    ):
         self.options: dict[str, argparse.Action] = {}
-        self.words, self.parts = words, len(classes)
+        self.words, self.parts, self.groups = words, len(classes), groups
+        self.adders: dict[str, Callable[..., argparse.Action]] = {}
         hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
         self.kinds = {name: self._kinds_of(hint) for name, hint in hints.items()}
-        super().__init__(classes, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        super().__init__(classes, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)  # type: ignore[arg-type]
 
     @staticmethod
     def _kinds_of(hint: Any) -> set[Any]:
@@ -124,12 +161,38 @@ class OptionParser(HfArgumentParser):
         return {typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if is_union else (hint,))}
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
-        name = names[0].lstrip("-")
-        if dict in self.kinds.get(name, ()):
-            kwargs["type"] = partial(_object_or_text, name)
-        action = super().add_argument(*names, **kwargs)
+        name = kwargs.get("dest", names[0].lstrip("-"))
+        if name not in self.kinds:
+            action = super().add_argument(*names, **kwargs)
+        else:
+            if dict in self.kinds[name]:
+                kwargs["type"] = partial(_object_or_text, name)
+            if not self.adders:
+                for group in self.groups:
+                    shown = self.add_argument_group(group.title, group.note)
+                    self.adders |= dict.fromkeys(group.names, shown.add_argument)
+            action = self.adders[name](*names, **kwargs | self._help(name, kwargs))
         self.options.setdefault(action.dest, action)
         return action
+
+    def _help(self, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return how `--help` shows an option: what stands for its value, and what is said of it."""
+        if kwargs.get("action") == "store_false":
+            return {"help": f"The same as --{name} false."}
+        said, default = kwargs.get("help", ""), kwargs.get("default")
+        found: dict[str, Any] = {}
+        if len(choices := kwargs.get("choices") or ()) > MOST_CHOICES:
+            said += f" One of {', '.join(map(str, choices))}."
+            found["metavar"] = "NAME"
+        elif not choices:
+            found["metavar"] = kwargs.get("metavar") or next(
+                (word for kind, word in METAVARS.items() if kind in self.kinds[name]), "TEXT"
+            )
+        if default not in (None, False, "", []):
+            default = getattr(default, "value", default)
+            shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).replace("%", "%%")
+            said += f" (default: {shown})"
+        return {**found, "help": said}
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ').rstrip('.')}; see --help.")
@@ -227,4 +290,4 @@ class OptionParser(HfArgumentParser):
         return found
 
 
-__all__ = ["OptionParser", "check_names", "read_options"]
+__all__ = ["OptionGroup", "OptionParser", "check_names", "read_options"]

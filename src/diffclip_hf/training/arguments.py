@@ -31,8 +31,8 @@ class DiffCLIPTrainingArguments(TrainingArguments):
     contrastive_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "The most pairs that go through the model at once. The gradient is that of the whole batch of "
-            "per_device_train_batch_size pairs, the memory that of a chunk, and the model runs forward twice."
+            "help": "How many pairs go through the model at once. The gradient is still that of the whole batch of "
+            "per_device_train_batch_size pairs; only a chunk has to fit in memory, and the model runs forward twice."
         },
     )
     remove_unused_columns: bool = field(

@@ -356,9 +356,8 @@ class DiffCLIPTrainer(Trainer):
         tokenize = partial(self.tokenizer, padding=True, truncation=True, return_tensors="pt")
         text_embeds = self._embed(texts, tokenize, "Labels").predictions
         images = self._embed(task.dataset, task.collator, "Zero-shot")
-        return zero_shot_accuracy(
-            *map(self._on_device, (images.predictions, images.label_ids, text_embeds)), indices, len(labels)
-        )
+        found = [self._on_device(part) for part in (images.predictions, images.label_ids, text_embeds)]
+        return zero_shot_accuracy(found[0], found[1], found[2], indices, len(labels))
 
     def _embed(self, rows: Any, collator: Callable[[list[Any]], Any], description: str) -> EvalLoopOutput:
         """Return the embeddings of rows that are shared out among the processes, and their labels."""

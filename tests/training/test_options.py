@@ -1,6 +1,8 @@
 """The options of training: a file's have the command line's types, and what can't work is said before the work."""
 
+import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -9,7 +11,10 @@ from tiny import TOWER
 from diffclip_hf import train
 from diffclip_hf.common.options import read_options
 from diffclip_hf.train import main
-from diffclip_hf.training.options import build_config, parse_arguments
+from diffclip_hf.training import DiffCLIPTrainingArguments
+from diffclip_hf.training.model_configs import build_config
+from diffclip_hf.training.options import DataArguments, ModelArguments
+from diffclip_hf.training.parsing import parse_arguments
 
 
 BASE = {"model_config": {}, "train_data": "pairs", "use_cpu": True, "report_to": "none"}
@@ -159,6 +164,20 @@ def test_without_options_the_command_says_what_is_missing(caplog):
 # Configurations -----------------------------------------------------------------------------------------------------
 
 
+def test_help_shows_the_projects_own_options_first_and_each_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    flags = re.findall(r"^  (--[a-z_0-9-]+)", shown, flags=re.MULTILINE)
+    assert flags[0] == "--config"
+    own = [f"--{field.name}" for cls in (ModelArguments, DataArguments) for field in dataclasses.fields(cls)]
+    assert set(flags[1 : len(own) + 2]) == {*own, "--contrastive_chunk_size"}
+    assert flags[len(own) + 2] == "--output_dir"
+    assert {f"--{field.name}" for field in dataclasses.fields(DiffCLIPTrainingArguments) if field.init} <= set(flags)
+    assert len(set(flags)) == len(flags)
+    assert not any("-" in flag[2:] for flag in flags)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -209,6 +228,7 @@ def test_a_saved_configuration_is_one_of_known_fields(tmp_path):
         (["--eval_split", "validation"], "eval_split .* without eval_data"),
         (["--label_column", "x"], "label_column .* no effect"),
         (["--train_data", "x.tar", "--image_column", "x"], "image_column .* on tar shards"),
+        (["--train_data", "x.tar", "--data_seed", "1"], "data_seed .* on tar shards, whose order goes by seed"),
         (["--train_data", "x.tar", "--train_split", "x"], "train_split .* on tar shards"),
         (["--shuffle_buffer", "5"], "shuffle_buffer .* without tar shards"),
         (["--global_batch_size", "8", "--per_device_train_batch_size", "8"], "per_device_train_batch_size .* beside"),
