@@ -1,5 +1,6 @@
 """DiffCLIP's image processors, on torchvision and on Pillow, and what they share."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import is_torchvision_available, logging, requires_backends
 
-from .image_reading_diffclip import SIXTEEN_BIT_STEP, check_size, read_image
+from .image_reading_diffclip import MAX_PIXELS, SIXTEEN_BIT_STEP, check_size, read_image
 
 
 if is_torchvision_available():
@@ -32,6 +33,8 @@ AUTO_MAP = {
     "pil": "image_processing_diffclip.DiffCLIPImageProcessorPil",
 }
 CHANNELS = (1, 3, 4)
+# Of what is made of a picture, whose own pixels `check_size` limits.
+MAX_SIDE = math.isqrt(MAX_PIXELS)
 
 
 def _channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None) -> bool:
@@ -140,6 +143,21 @@ def _over_white(image: torch.Tensor, white: float) -> torch.Tensor:
     return blended if image.is_floating_point() else blended.round().to(torch.uint8)
 
 
+def _check_numbers(options: dict[str, Any]) -> None:
+    """Raise a ValueError for sizes, means, deviations or a factor of which no pixel values could come."""
+    for name in ("size", "crop_size"):
+        for side in ("height", "width", "shortest_edge", "longest_edge"):
+            pixels = (options.get(name) or {}).get(side)
+            if pixels is not None and not 1 <= pixels <= MAX_SIDE:
+                raise ValueError(f"{name} has {side} {pixels}; it must be from 1 to {MAX_SIDE} pixels.")
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        given = options.get(name)
+        numbers = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        if not all(math.isfinite(number) for number in numbers) or (name != "image_mean" and 0 in numbers):
+            allowed = "finite" if name == "image_mean" else "finite, and not 0"
+            raise ValueError(f"{name} is {given}; it must be {allowed}.")
+
+
 def fetch_images(images: Any) -> Any:
     """Read each image in a nest of lists that isn't decoded, by `read_image`, and leave others as they are.
 
@@ -205,6 +223,10 @@ class SLIPEvaluationTransform(BaseImageProcessor):
     def _prepare_images_structure(self, images, expected_ndims=3):
         # Transformers' own refuses 2-D greyscale images.
         return flatten_images(self.fetch_images(images))
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        _check_numbers(kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved."""

@@ -190,7 +190,9 @@ def check_labels(labels: Any, batch_size: int, num_labels: int) -> None:
     # On a GPU the loss would end the process.
     wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
     if len(wrong):
-        raise ValueError(f"labels holds {wrong[0].item()}; a class must be from 0 to {num_labels - 1} (num_labels - 1).")
+        raise ValueError(
+            f"labels holds {wrong[0].item()}; a class must be from 0 to {num_labels - 1} (num_labels - 1)."
+        )
 
 
 __all__ = [

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import sys
 
 import numpy as np
@@ -420,3 +421,24 @@ def test_an_open_image_that_is_damaged_is_refused_each_time(backend):
         for _ in range(3):
             with pytest.raises(ValueError, match="The picture is damaged: "):
                 backend()(image)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": -1}, "size has shortest_edge -1; it must be from 1 to 9459 pixels"),
+        ({"size": {"shortest_edge": 0}}, "size has shortest_edge 0"),
+        ({"size": {"height": 10**6, "width": 9}}, "size has height 1000000"),
+        ({"crop_size": 0}, "crop_size has height 0"),
+        ({"image_std": [0.5, 0.0, 0.5]}, r"image_std is .*; it must be finite, and not 0"),
+        ({"image_mean": [math.nan] * 3}, r"image_mean is .*; it must be finite"),
+        ({"rescale_factor": math.inf}, "rescale_factor is inf; it must be finite, and not 0"),
+    ],
+)
+def test_numbers_of_which_no_pixel_values_come_are_refused(backend, options, message):
+    image = Image.fromarray(noise((9, 9)))
+    with pytest.raises(ValueError, match=message):
+        backend()(image, **options)
+    with pytest.raises(ValueError, match=message):
+        backend(**options)(image)

@@ -100,6 +100,7 @@ def server():
         "/a%20b%C3%BC.png": (200, PICTURE, {}),
         "/moved": (302, b"", {"Location": "/picture"}),
         "/not-found": (404, PICTURE, {}),
+        "/part": (206, PICTURE, {}),
         "/broken": (500, PICTURE, {}),
         "/page": (200, b"<!DOCTYPE html><html></html>", {"Content-Type": "image/png"}),
         "/loop": (302, b"", {"Location": "/loop"}),
@@ -329,6 +330,7 @@ def test_urls(server):
     ("path", "message"),
     [
         ("/not-found", "status 404 Not Found"),
+        ("/part", "status 206 Partial Content"),
         ("/broken", "status 500"),
         ("/page", "isn't a picture of a format that is read"),
         ("/loop", "redirected more than 5 times"),
@@ -390,3 +392,30 @@ def test_one_line_says_what_is_wrong(source, message):
 @pytest.mark.parametrize("path", ["nowhere.png", "NowhereButLettersThatBase64Has", os.curdir, "a photo of a dog"])
 def test_what_is_not_at_hand(path):
     assert not is_at_hand(path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "row", "transparent", "expected"),
+    [
+        # The levels 0, 1, 2 and 3, of which 1 is transparent.
+        (2, 0, b"\x1b", (1,), [[0] * 3, [255] * 3, [170] * 3, [255] * 3]),
+        # 0, 5, 10 and 15, of which 10 is.
+        (4, 0, b"\x05\xaf", (10,), [[0] * 3, [85] * 3, [255] * 3, [255] * 3]),
+        # Two colours, of which the first is.
+        (16, 2, struct.pack(">6H", 1000, 2000, 3000, 257, 514, 771), (1000, 2000, 3000), [[255] * 3, [1, 2, 3]]),
+    ],
+    ids=["2 bits", "4 bits", "16 bits"],
+)
+def test_a_transparent_colour_of_other_than_8_bits(bits, kind, row, transparent, expected):
+    """Pillow scales the pixels to 8 bits and leaves the colour that is transparent as it was."""
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        (
+            chunk(b"IHDR", struct.pack(">IIBBBBB", len(expected), 1, bits, kind, 0, 0, 0)),
+            chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+            chunk(b"IDAT", zlib.compress(b"\0" + row)),
+            chunk(b"IEND", b""),
+        )
+    )
+    image = Image.open(io.BytesIO(data))
+    for source in (data, image, image):
+        assert np.asarray(read_image(source)).tolist() == [expected]

@@ -82,6 +82,19 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT_BY else 1
 
 
+def _scale_transparent_level(image: Image.Image) -> None:
+    """Put a PNG's transparent colour on the scale of its decoded pixels, of which Pillow tells nothing afterwards."""
+    transparent, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    if image.format != "PNG" or not tiles or isinstance(transparent, (bytes, type(None))):
+        return
+    raw = tiles[0][3]
+    if raw in ("L;2", "L;4"):
+        # Of 2 and 4 bits, whose greatest levels become 255.
+        image.info["transparency"] = transparent * 255 // (3 if raw == "L;2" else 15)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+
+
 def _decode(image: Image.Image) -> None:
     """Decode an image, and leave metadata that stands behind its pixels where it is broken."""
     tiles = list(getattr(image, "tile", ()))
@@ -121,6 +134,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             its mode is F, whose range isn't known; or its mode is I and a value is outside 0..65535.
     """
     _check_opened(image)
+    _scale_transparent_level(image)
     _decode(image)
     # Only now is it known of formats that hold pictures in a frame, as ICO does.
     check_size(*image.size)
@@ -282,6 +296,9 @@ def _download(url: str, deadline: float) -> bytes:
         request = urllib.request.Request(_in_ascii(url), headers=headers)
         try:
             with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
+                # A part of a file, as of status 206, isn't the picture.
+                if response.status != 200:
+                    raise ValueError(f"the server answered with status {response.status} {response.reason}")
                 return _read_within(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
