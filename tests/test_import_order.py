@@ -24,7 +24,7 @@ ARROWS = {
     "demo": {"common", "model", "visualization", "zero_shot"},
     # Its files import the public face too, as a user does.
     "conversion": {"common", "model", "__init__"},
-    "train": {"common", "data", "model", "training", "zero_shot"},
+    "train": {"common", "training"},
     "evaluate": {"common", "data", "evaluation"},
     "export_onnx": {"common", "model"},
     "__init__": {"common", "model", "version", "zero_shot", "zero_shot_templates"},

@@ -15,8 +15,9 @@ from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 from diffclip_hf import DiffCLIPForImageClassification
 from diffclip_hf.data import load_image_label_dataset
 from diffclip_hf.data.label_names import label_numbers, match_labels, name_labels, read_label_names
-from diffclip_hf.train import DataArguments, ModelArguments, classification_parts
 from diffclip_hf.training import DiffCLIPTrainingArguments
+from diffclip_hf.training.options import DataArguments, ModelArguments
+from diffclip_hf.training.tasks import classification_parts
 
 
 def named(labels, names):

@@ -22,7 +22,10 @@ from transformers import AutoModel, AutoProcessor, get_scheduler, set_seed
 
 from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel, train
 from diffclip_hf.data import ImageTextCollator, ImageTextShards
-from diffclip_hf.train import build_config, build_model, main, parse_arguments
+from diffclip_hf.train import main
+from diffclip_hf.training.model_configs import build_config
+from diffclip_hf.training.models import build_model
+from diffclip_hf.training.parsing import parse_arguments
 
 
 RECIPES = sorted(

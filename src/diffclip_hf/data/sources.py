@@ -50,6 +50,21 @@ def _as_images(dataset: "datasets.Dataset", column: str) -> "datasets.Dataset":
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 
+def _two_columns(
+    dataset: "datasets.Dataset", image_column: str | None, target: str, usual: Sequence[str], told: str | None
+) -> "tuple[datasets.Dataset, str]":
+    """Return the columns `image`, undecoded, and `caption` or `label` alone, and what the latter is called there."""
+    if dataset.column_names is None:  # Of a stream, before its first rows are read.
+        dataset = dataset._resolve_features()
+    chosen = {
+        "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
+        target: _choose_column(dataset.column_names, usual, told, f"{target}_column"),
+    }
+    # First, for a stream would decode its images, and encode them anew, to rename their column.
+    dataset = _as_images(dataset, chosen["image"]).select_columns(list(chosen.values()))
+    return dataset.rename_columns({old: new for new, old in chosen.items() if old != new}), chosen[target]
+
+
 def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
     """Read a map-style data set of the `datasets` library, whichever way it is stored."""
     require_extra("training", "datasets")
@@ -140,19 +155,11 @@ def load_image_text_dataset(
     require_extra("training", "datasets")
 
     dataset = _load(source, split, load_options)
-    if dataset.column_names is None:  # Of a stream, before its first rows are read.
-        dataset = dataset._resolve_features()
-    chosen = {
-        "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
-        "caption": _choose_column(dataset.column_names, CAPTION_COLUMNS, caption_column, "caption_column"),
-    }
-    # First, for a stream would decode its images, and encode them anew, to rename their column.
-    dataset = _as_images(dataset, chosen["image"]).select_columns(list(chosen.values()))
-    dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
+    dataset, column = _two_columns(dataset, image_column, "caption", CAPTION_COLUMNS, caption_column)
     feature = dataset.features["caption"]
     text = getattr(feature, "feature", feature)
     if getattr(text, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"The column {chosen['caption']} is {feature}; captions must be strings or lists of strings.")
+        raise ValueError(f"The column {column} is {feature}; captions must be strings or lists of strings.")
     return dataset
 
 
@@ -180,15 +187,10 @@ def load_own_labels(
     if load_options.get("streaming"):
         raise ValueError("streaming is True; labels are numbered over the whole data set, so leave it out.")
     dataset = _load(source, split, load_options)
-    chosen = {
-        "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
-        "label": _choose_column(dataset.column_names, LABEL_COLUMNS, label_column, "label_column"),
-    }
-    # First, before the labels are numbered, which goes through every row.
-    dataset = _as_images(dataset, chosen["image"]).select_columns(list(chosen.values()))
-    dataset = dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
-    check_numbering(source, chosen["label"])
-    return *own_labels(dataset, chosen["label"]), chosen["label"]
+    # Before the labels are numbered, which goes through every row.
+    dataset, column = _two_columns(dataset, image_column, "label", LABEL_COLUMNS, label_column)
+    check_numbering(source, column)
+    return *own_labels(dataset, column), column
 
 
 def load_image_label_dataset(
