@@ -116,16 +116,6 @@ def _validate_lambda_init(config: "DiffCLIPTextConfig | DiffCLIPVisionConfig") -
         raise ValueError(f"{owner}.lambda_init is {value}; every value must be finite.")
 
 
-def _layer_lambda_init(config: "DiffCLIPTextConfig | DiffCLIPVisionConfig", layer_idx: int) -> float:
-    """Return the λ_init of one layer, from any of the three forms of `lambda_init`."""
-    value = config.lambda_init
-    if value == DEPTH_SCHEDULE:
-        return depth_lambda_init(layer_idx)
-    if isinstance(value, (list, tuple)):
-        return float(value[layer_idx])
-    return float(value)
-
-
 class _MapsUnderAnyAttention:
     """`output_attentions` as every attention implementation here serves it; Transformers' own asks for `"eager"`."""
 
@@ -142,8 +132,25 @@ class _MapsUnderAnyAttention:
         """Raise nothing, whatever the implementation; `strict` calls it."""
 
 
+class _Tower(_MapsUnderAnyAttention):
+    """What both towers' configurations do alike."""
+
+    lambda_init: Any
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.validate_architecture()  # type: ignore[attr-defined]
+
+    def get_lambda_init(self, layer_idx: int) -> float:
+        """Return λ_init of layer `layer_idx` (from 0), from any of the three forms of `lambda_init`."""
+        if self.lambda_init == DEPTH_SCHEDULE:
+            return depth_lambda_init(layer_idx)
+        per_layer = isinstance(self.lambda_init, (list, tuple))
+        return float(self.lambda_init[layer_idx] if per_layer else self.lambda_init)
+
+
 @strict
-class DiffCLIPTextConfig(_MapsUnderAnyAttention, PreTrainedConfig):
+class DiffCLIPTextConfig(_Tower, PreTrainedConfig):
     """Configuration of DiffCLIP's text tower; the defaults are the released ViT-B/16 model's.
 
     The fields are those of `CLIPTextConfig`, and four more.
@@ -187,10 +194,6 @@ class DiffCLIPTextConfig(_MapsUnderAnyAttention, PreTrainedConfig):
     bos_token_id: int | None = 49406
     eos_token_id: int | list[int] = 49407
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.validate_architecture()
-
     def validate_architecture(self):
         """Raise a ValueError for a field whose value is not allowed; `strict` calls it too."""
         _validate_tower(self)
@@ -201,13 +204,9 @@ class DiffCLIPTextConfig(_MapsUnderAnyAttention, PreTrainedConfig):
                 "least one."
             )
 
-    def get_lambda_init(self, layer_idx: int) -> float:
-        """Return λ_init of layer `layer_idx` (from 0)."""
-        return _layer_lambda_init(self, layer_idx)
-
 
 @strict
-class DiffCLIPVisionConfig(_MapsUnderAnyAttention, PreTrainedConfig):
+class DiffCLIPVisionConfig(_Tower, PreTrainedConfig):
     """Configuration of DiffCLIP's image tower; the defaults are the released ViT-B/16 model's.
 
     The fields are those of `CLIPVisionConfig`, and four more.
@@ -250,10 +249,6 @@ class DiffCLIPVisionConfig(_MapsUnderAnyAttention, PreTrainedConfig):
     lambda_init_std: float | int = 0.1
     diff_norm_eps: float | int = 1e-5
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.validate_architecture()
-
     def validate_architecture(self):
         """Raise a ValueError for a field whose value is not allowed; `strict` calls it too."""
         _validate_tower(self)
@@ -262,10 +257,6 @@ class DiffCLIPVisionConfig(_MapsUnderAnyAttention, PreTrainedConfig):
                 f"{type(self).__name__}.patch_size is {self.patch_size}; it must be from 1 to image_size, which is "
                 f"{self.image_size}."
             )
-
-    def get_lambda_init(self, layer_idx: int) -> float:
-        """Return λ_init of layer `layer_idx` (from 0)."""
-        return _layer_lambda_init(self, layer_idx)
 
 
 @strict

@@ -201,6 +201,12 @@ def with_both_backends(fields: dict[str, Any], auto_class: str | None) -> dict[s
     return fields
 
 
+def _check_crop(size: Any) -> None:
+    """Raise a ValueError unless a crop's size has both sides."""
+    if size.height is None or size.width is None:
+        raise ValueError(f"crop_size is {size}; it must have height and width.")
+
+
 class SLIPEvaluationTransform(BaseImageProcessor):
     """SLIP's evaluation transform, and what both backends do alike; stands before a backend among a class's bases."""
 
@@ -281,8 +287,7 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
 
     def center_crop(self, image, size, **kwargs):  # type: ignore[override]
         # Transformers' own differs from torchvision's by a pixel where half the margin isn't a whole number.
-        if size.height is None or size.width is None:
-            raise ValueError(f"crop_size is {size}; it must have height and width.")
+        _check_crop(size)
         return tv_functional.center_crop(image, [size.height, size.width])
 
 
@@ -337,8 +342,7 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
 
     def center_crop(self, image, size, **kwargs):  # type: ignore[override]
         # Transformers' own differs from torchvision's by a pixel where half the margin isn't a whole number.
-        if size.height is None or size.width is None:
-            raise ValueError(f"crop_size is {size}; it must have height and width.")
+        _check_crop(size)
         missing = [
             max(target - side, 0) for target, side in zip((size.height, size.width), image.shape[1:], strict=True)
         ]

@@ -5,18 +5,16 @@ import io
 import os
 import re
 import struct
-import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from .image_fetching_diffclip import fetch_url, is_elsewhere, is_url, one_line, read_elsewhere
 
 
 # Pillow's own limit against decompression bombs, of which it warns; from twice as many on it refuses by itself.
@@ -29,7 +27,6 @@ RASTER_FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "ICO", "ICNS"),
     *("DDS", "PCX", "PSD", "QOI", "SGI", "TGA"),
 )
-URL_SECONDS, URL_MEGABYTES, URL_REDIRECTS = 30, 50, 5
 SIXTEEN_BIT_STEP = 257  # 65535 / 255
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _UPRIGHT_BY = {
@@ -181,11 +178,6 @@ def _to_rgba(image: Image.Image) -> Image.Image:
         return opaque.convert("RGBA")
 
 
-def _one_line(error: BaseException) -> str:
-    """Return what an error says, on one line and not too long."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
 def _without_metadata(data: bytes, keep_used: bool) -> bytes | None:
     """Return a PNG or JPEG without the metadata that Pillow reads beside the pixels, or None for other formats.
 
@@ -256,110 +248,10 @@ def _open_encoded(encoded: str | bytes, name: str) -> Image.Image:
         if (image := _open_bare(encoded)) is not None:
             return image
         if not isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"{name} can't be read: {_one_line(error)}") from error
+            raise ValueError(f"{name} can't be read: {one_line(error)}") from error
         raise ValueError(
             f"{name} isn't a picture of a format that is read, such as JPEG, PNG, WebP, GIF, BMP or TIFF."
         ) from error
-
-
-def _read_within(response: Any, deadline: float) -> bytes:
-    """Return a response's body, if it's small enough and there in time."""
-    chunks, size = [], 0
-    while chunk := response.read1(1 << 16):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > URL_MEGABYTES * 1_000_000:
-            raise ValueError(f"it is larger than {URL_MEGABYTES} MB")
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    if response.length:
-        raise ValueError(f"it ended {response.length} bytes too early")
-    return b"".join(chunks)
-
-
-def _download(url: str, deadline: float) -> bytes:
-    """Return what is at a URL, after up to 5 redirects to other http(s) URLs."""
-    # Without urllib's own handler of redirects, which reads their bodies whole and goes on to FTP.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    for _ in range(URL_REDIRECTS + 1):
-        if not _is_url(url):
-            raise ValueError(f"it leads to {url!r:.200}, which isn't an http(s) URL")
-        headers = {"User-Agent": "diffclip-hf", "Accept": "image/*,*/*;q=0.5"}
-        request = urllib.request.Request(_in_ascii(url), headers=headers)
-        try:
-            with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as response:
-                # A part of a file, as of status 206, isn't the picture.
-                if response.status != 200:
-                    raise ValueError(f"the server answered with status {response.status} {response.reason}")
-                return _read_within(response, deadline)
-        except urllib.error.HTTPError as error:
-            with error:
-                location = error.headers.get("Location")
-                if error.code not in (301, 302, 303, 307, 308) or not location:
-                    raise ValueError(f"the server answered with status {error.code} {error.reason}") from error
-                url = urllib.parse.urljoin(url, location)
-    raise ValueError(f"it is redirected more than {URL_REDIRECTS} times")
-
-
-def _in_ascii(url: str) -> str:
-    """Quote spaces and letters beyond ASCII, as browsers do."""
-    parts = urllib.parse.urlsplit(url.strip())
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
-    return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe="%/:=&?~#+!$,;'@()*[]")
-
-
-def _in_time(work: Callable[[], bytes]) -> bytes:
-    """Return what a function returns, if it does so within 30 seconds; what it raises is raised here.
-
-    A socket's own limit is of each read, and a server can send a byte of its headers at a time for ever.
-    """
-    result: list[bytes | Exception] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except Exception as error:
-            result.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(URL_SECONDS)
-    if not result:
-        raise TimeoutError
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]
-
-
-def _fetch(url: str) -> bytes:
-    """Return what is at a URL.
-
-    Raises:
-        ValueError: The server can't be reached, doesn't answer with status 200 and the whole file within 30 seconds,
-            or sends more than 50 MB.
-    """
-    # Whatever a server says and a network does.
-    try:
-        return _in_time(lambda: _download(url, time.monotonic() + URL_SECONDS))
-    except Exception as error:
-        raise ValueError(f"The URL {url!r:.200} can't be read: {_reason(error)}.") from error
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", error)
-    return f"it took longer than {URL_SECONDS} seconds" if isinstance(reason, TimeoutError) else _one_line(reason)
-
-
-def _is_url(text: str) -> bool:
-    return re.match(r"https?://", text, re.IGNORECASE) is not None
 
 
 def _is_data_url(text: str) -> bool:
@@ -404,14 +296,14 @@ def _in_text(text: str) -> bytes | None:
 
 def _find(text: str) -> tuple[str | bytes, str]:
     """Return the file that a path, a URL or base64 text means, as its path or what it holds, and a name for errors."""
-    if _is_url(text):
-        return _fetch(text), f"What the URL {text!r:.200} gives"
+    if is_url(text):
+        return fetch_url(text), f"What the URL {text!r:.200} gives"
     if _is_data_url(text):
         return _data_url(text), "The data URL"
     if (data := _in_text(text)) is not None:
         return data, "The base64 text"
-    if _is_elsewhere(text):
-        return _read_elsewhere(text), f"The file {text!r:.200}"
+    if is_elsewhere(text):
+        return read_elsewhere(text), f"The file {text!r:.200}"
     if not os.path.exists(text):
         raise NoFileError(f"There is no file {text!r:.200}; an image is given as {_TAKEN}.")
     _check_file(text)
@@ -433,40 +325,13 @@ def _check_file(path: str) -> None:
         raise ValueError(f"The file {path!r:.200} is empty.")
 
 
-def _is_elsewhere(path: str) -> bool:
-    """Say whether a path is of another file system, such as a zip file's."""
-    return not os.path.exists(path) and re.match(r"[a-z][a-z0-9+]+://", path) is not None
-
-
-def _read_elsewhere(path: str) -> bytes:
-    """Return a file of another file system, as `datasets` reads it, within 30 seconds and 50 MB."""
-
-    def work() -> bytes:
-        # What huggingface_hub brings.
-        import fsspec
-
-        with fsspec.open(path, "rb") as file:
-            return file.read(URL_MEGABYTES * 1_000_000 + 1)
-
-    # Each file system has errors of its own.
-    try:
-        data = _in_time(work)
-    except (FileNotFoundError, KeyError) as error:
-        raise ValueError(f"There is no file {path!r:.200}.") from error
-    except Exception as error:
-        raise ValueError(f"The file {path!r:.200} can't be read: {_reason(error)}") from error
-    if len(data) > URL_MEGABYTES * 1_000_000:
-        raise ValueError(f"The file {path!r:.200} is larger than {URL_MEGABYTES} MB.")
-    return data
-
-
 def is_at_hand(path: str) -> bool:
     """Say whether there's a file of that path, or, of a URL, another file system or base64 text, whether there may be.
 
     Args:
         path: Of a picture, as `datasets` holds it undecoded. Nothing is fetched.
     """
-    if _is_url(path) or _is_data_url(path) or os.path.isfile(path) or _is_elsewhere(path):
+    if is_url(path) or _is_data_url(path) or os.path.isfile(path) or is_elsewhere(path):
         return True
     # What is base64 of a picture that can't be read is there too.
     try:
@@ -505,7 +370,7 @@ def _read_whole(file: Any) -> bytes:
             file.seek(0)
         data = file.read()
     except Exception as error:
-        raise ValueError(f"The file object can't be read: {_one_line(error)}") from error
+        raise ValueError(f"The file object can't be read: {one_line(error)}") from error
     if not isinstance(data, bytes):
         raise ValueError(f"The file object gives a {type(data).__name__}; it must be opened as binary, by mode 'rb'.")
     return data
@@ -572,7 +437,7 @@ def read_image(source: Any) -> Image.Image:
             raise
         # Of a damaged file Pillow and its plug-ins raise nearly anything.
         except Exception as error:
-            raise ValueError(f"The picture is damaged: {_one_line(error)}") from error
+            raise ValueError(f"The picture is damaged: {one_line(error)}") from error
 
 
 __all__ = ["check_size", "is_at_hand", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]

@@ -1,5 +1,7 @@
 """What the commands share: mistakes are one line, faults keep their traceback, and extras are named."""
 
+import importlib
+import importlib.util
 import logging
 import runpy
 import sys
@@ -7,7 +9,15 @@ import sys
 import pytest
 import torch
 
-from diffclip_hf.common.commands import CommandParser, closest, require_extra, run_command, stop_without_extra
+from diffclip_hf.common.commands import (
+    CommandParser,
+    closest,
+    require_extra,
+    run_command,
+    started_as,
+    stop_without_extra,
+)
+from diffclip_hf.common.json_files import read_json_object
 
 
 logger = logging.getLogger("a command")
@@ -86,3 +96,34 @@ def test_training_without_accelerate_ends_with_one_line(monkeypatch, caplog):
         runpy.run_module("diffclip_hf.train", run_name="__main__")
     assert ended.value.code == 1
     assert caplog.messages == ["accelerate can't be imported; pip install 'diffclip-hf[training]'."]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_module", "usage"),
+    [
+        ("../conversion/push_to_hub.py", False, "python ../conversion/push_to_hub.py"),
+        ("/site-packages/diffclip_hf/conversion/push_to_hub.py", True, "python -m diffclip_hf.conversion.push_to_hub"),
+        ("-c", False, "python -m diffclip_hf.conversion.push_to_hub"),
+    ],
+)
+def test_a_command_is_named_as_it_was_started(line, is_module, usage, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [line])
+    spec = importlib.util.find_spec("diffclip_hf.conversion.push_to_hub") if is_module else None
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert started_as("diffclip_hf.conversion.push_to_hub") == usage
+
+
+@pytest.mark.parametrize("command", ["convert_original_checkpoint", "convert_to_original", "push_to_hub"])
+def test_help_of_the_conversion_shows_both_ways_to_start_it(command, capsys):
+    module = importlib.import_module(f"diffclip_hf.conversion.{command}")
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert f"python conversion/{command}.py " in shown
+    assert f"python -m diffclip_hf.conversion.{command} " in shown
+
+
+def test_a_key_given_twice_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "a", "model_type": "b"}')
+    with pytest.raises(ValueError, match=r"config\.json isn't JSON: 'model_type' is given twice"):
+        read_json_object(tmp_path / "config.json")

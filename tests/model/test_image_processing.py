@@ -382,6 +382,7 @@ def test_auto_map_names_both_backends_where_the_code_travels(backend, tmp_path, 
     monkeypatch.setattr(backend, "_auto_class", "AutoImageProcessor")
     backend().save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "image_fetching_diffclip.py",
         "image_processing_diffclip.py",
         "image_reading_diffclip.py",
         "preprocessor_config.json",

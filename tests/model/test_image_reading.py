@@ -16,7 +16,7 @@ from PIL import EpsImagePlugin, Image, TiffImagePlugin
 from transformers.utils import is_torchvision_available
 
 from diffclip_hf import DiffCLIPImageProcessor, DiffCLIPImageProcessorPil
-from diffclip_hf.model import image_reading_diffclip
+from diffclip_hf.model import image_fetching_diffclip
 from diffclip_hf.model.image_reading_diffclip import (
     check_size,
     is_at_hand,
@@ -343,9 +343,9 @@ def test_urls(server):
     ],
 )
 def test_urls_that_give_no_picture(path, message, server, monkeypatch):
-    monkeypatch.setattr(image_reading_diffclip, "URL_MEGABYTES", 1)
+    monkeypatch.setattr(image_fetching_diffclip, "URL_MEGABYTES", 1)
     if path.startswith("/slow"):
-        monkeypatch.setattr(image_reading_diffclip, "URL_SECONDS", 0.3)
+        monkeypatch.setattr(image_fetching_diffclip, "URL_SECONDS", 0.3)
     with pytest.raises(ValueError, match=message) as raised:
         read_image(server + path)
     assert server + path in str(raised.value)

@@ -503,7 +503,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where the checkpoint doesn't fit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    return run_command(lambda: convert(parse_args(argv)), logger)
+    args = parse_args(argv)
+    return run_command(lambda: convert(args), logger)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ def _blocks(
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
     row_count = max(LEAST_ROWS, entries // (2 * pairs * length))
+    # Where every block has all query rows, what is causal is the same in each.
+    is_shared = attention_mask is None and row_count >= length
+    shared = score_bias(None, is_causal, slice(None), slice(0, length), query.dtype) if is_shared else None
     for batch_start in range(0, batch_size, batch):
         batch_rows = slice(batch_start, min(batch_size, batch_start + batch))
         for pair_start in range(0, num_heads // 2, pairs):
@@ -47,7 +50,9 @@ def _blocks(
             for row_start in range(0, length, row_count):
                 rows = slice(row_start, min(length, row_start + row_count))
                 keys = slice(rows.stop if is_causal and attention_mask is None else length)
-                bias = score_bias(attention_mask, is_causal, batch_rows, rows, query.dtype)
+                bias = shared
+                if not is_shared:
+                    bias = score_bias(attention_mask, is_causal, batch_rows, rows, query.dtype)
                 yield batch_rows, block_pairs, heads, rows, keys, bias
 
 
