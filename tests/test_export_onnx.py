@@ -187,7 +187,7 @@ def test_a_model_of_the_hub(warm_python, tmp_path):
     save_tiny(tmp_path / "model")
     code = """
 from diffclip_hf import export_onnx
-print(*export_onnx.find_processor("org/tiny", export_onnx.load_model("org/tiny").config), sep="\\n")
+print(*export_onnx.find_processor("org/tiny", export_onnx.load_eager("org/tiny").config), sep="\\n")
 """
     with HubServer(tmp_path / "server") as hub:
         hub.add("org/tiny", tmp_path / "model")
@@ -200,7 +200,7 @@ print(*export_onnx.find_processor("org/tiny", export_onnx.load_model("org/tiny")
 
 def test_a_model_in_half_precision_is_loaded_in_float32(tmp_path):
     tiny_model().half().save_pretrained(tmp_path)
-    model = export_onnx.load_model(str(tmp_path))
+    model = export_onnx.load_eager(str(tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not model.training
 

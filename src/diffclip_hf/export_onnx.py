@@ -35,8 +35,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from .common.commands import CommandParser, require_extra, run_command
-from .common.loading import check_tokenizer, load_processor, load_tokenizer
-from .common.loading import load_model as load_whole_model
+from .common.loading import check_tokenizer, load_model, load_processor, load_tokenizer
 from .common.machine import describe_machine, describe_versions
 from .common.remote_code import add_remote_code
 from .common.whole_files import written_whole
@@ -427,7 +426,7 @@ def find_processor(source: str, config: DiffCLIPConfig) -> list[Path]:
     return found
 
 
-def load_model(source: str) -> DiffCLIPModel:
+def load_eager(source: str) -> DiffCLIPModel:
     """Return a model in float32, in evaluation mode, under eager attention, whatever it was saved as.
 
     Eager, since its graph has one product with v for each pair of heads, and runs faster than SDPA's, which has two.
@@ -435,7 +434,7 @@ def load_model(source: str) -> DiffCLIPModel:
     Raises:
         ValueError: There is no such model, it lacks weights, or it's quantised.
     """
-    model = load_whole_model(source, DiffCLIPModel, dtype=torch.float32, attn_implementation="eager")
+    model = load_model(source, DiffCLIPModel, dtype=torch.float32, attn_implementation="eager")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ExportError(f"{source} is quantised, which can't be exported; name the model from before.")
     return model
@@ -474,7 +473,7 @@ def export_onnx(
     source = os.fspath(source)
     # It finds out whether the folder can be written before the work begins.
     with written_whole(Path(folder)) as beside:
-        model = load_model(source)
+        model = load_eager(source)
         files = find_processor(source, model.config)
         model.config.save_pretrained(beside)
         for path in files:

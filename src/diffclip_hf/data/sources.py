@@ -46,7 +46,9 @@ def _as_images(dataset: "datasets.Dataset", column: str) -> "datasets.Dataset":
         *("string", "large_string", "binary", "large_binary"),
         "null",
     ):
-        raise ValueError(f"The column {column} is {feature}; images must be encoded, or paths.")
+        raise ValueError(
+            f"The column {column} is {feature}; images must be encoded, as bytes or base64 text, or paths."
+        )
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 

@@ -32,7 +32,7 @@ from diffclip_hf.visualization import (
 from diffclip_hf.visualization.pictures import OPACITY
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "embedded" / "diffclip-emoji"
 
 
