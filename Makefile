@@ -40,7 +40,7 @@ lint: $(VENV)/.dev-ready
 # docstrings that are whole.
 mlint: $(VENV)/.dev-ready
 	$(VENV)/bin/pip install --quiet transformers-mlinter
-	! $(VENV)/bin/mlinter --no-progress --no-cache --github-annotations src/diffclip_hf 2>&1 \
+	! COLUMNS=1000 $(VENV)/bin/mlinter --no-progress --no-cache --github-annotations src/diffclip_hf 2>&1 \
 		| grep ::error | grep -v -e TRF028 -e TRF057
 
 types: $(VENV)/.dev-ready

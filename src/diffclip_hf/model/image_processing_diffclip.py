@@ -116,9 +116,9 @@ def _checked_levels(image: torch.Tensor, do_rescale: bool | None) -> torch.Tenso
     if image.dtype == torch.uint16:
         return ((image.to(torch.int32) + SIXTEEN_BIT_STEP // 2) // SIXTEEN_BIT_STEP).to(torch.uint8)
     if not image.is_floating_point():
-        low, high = int(image.min()), int(image.max())
-        if low < 0 or high > 255:
-            raise ValueError(f"A {image.dtype} image has values {low}..{high}; they must be in 0..255.")
+        least, most = int(image.min()), int(image.max())
+        if least < 0 or most > 255:
+            raise ValueError(f"A {image.dtype} image has values {least}..{most}; they must be in 0..255.")
         return image.to(torch.uint8)
     image = image.to(torch.float32)
     low, high = image.min().item(), image.max().item()
@@ -230,7 +230,7 @@ class SLIPEvaluationTransform(BaseImageProcessor):
         # Transformers' own refuses 2-D greyscale images.
         return flatten_images(self.fetch_images(images))
 
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
         super()._validate_preprocess_kwargs(**kwargs)
         _check_numbers(kwargs)
 
