@@ -101,6 +101,14 @@ def test_parquet_files(tmp_path, split):
         check_pairs(loaded)
 
 
+def test_a_caption_that_isnt_utf8_is_named_before_the_training(tmp_path):
+    texts = pyarrow.array([b"a picture", b"half \xc3"], pyarrow.binary())
+    columns = {"jpg": [sample(0)["jpg"]] * 2, "txt": pyarrow.Array.from_buffers(pyarrow.string(), 2, texts.buffers())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"Row 1 of the column caption isn't UTF-8: b'half \\xc3'"):
+        load_image_text_dataset(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+
+
 def test_parquet_files_that_arent_there(tmp_path):
     with pytest.raises(ValueError, match=r"There is no file .*b\*\.parquet"):
         load_image_text_dataset(str(tmp_path / "b*.parquet"))

@@ -283,3 +283,20 @@ def test_every_shard_has_to_be_there(written, tmp_path):
     assert is_complete(folder)
     next(folder.glob("model-*.safetensors")).unlink()
     assert not is_complete(folder)
+
+
+def test_another_runs_checkpoint_isnt_resumed(tmp_path, caplog):
+    """Of another model, another optimizer, or without the optimizer's state, of which a warning tells."""
+    trainer(tmp_path, max_steps=1, save_steps=1).train()
+    saved = tmp_path / "checkpoint-1"
+    again = {"max_steps": 2, "save_strategy": "no"}
+    for changes, words in (
+        ({"model": tiny_model(text={"num_hidden_layers": 4})}, r"lacks this model's weights: text_model\.encoder"),
+        ({"model": tiny_model(text={"intermediate_size": 64})}, "aren't this model's: .*size mismatch"),
+        ({"optim": "sgd"}, "it has no dampening, momentum; resume with the same optim"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path / "other", **changes, **again).train(resume_from_checkpoint=str(saved))
+    (saved / "optimizer.pt").unlink()
+    trainer(tmp_path / "other", **again).train(resume_from_checkpoint=str(saved))
+    assert "has no optimizer's state, which starts anew" in caplog.text

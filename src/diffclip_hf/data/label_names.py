@@ -232,6 +232,18 @@ def read_texts(dataset: "datasets.Dataset", column: str) -> list[Any]:
         raise
 
 
+def check_texts(dataset: "datasets.Dataset", column: str) -> None:
+    """Raise a ValueError where a row of a column of texts isn't UTF-8, before a worker comes to it."""
+    import pyarrow
+
+    try:
+        # Without making objects of Python of millions of texts.
+        dataset.data.column(column).validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        read_texts(dataset, column)
+        raise ValueError(f"The column {column} is damaged: {error}") from error
+
+
 def own_labels(dataset: "datasets.Dataset", column: str) -> "tuple[datasets.Dataset, list[str]]":
     """Return the data set with its column `label` as indices, and what the labels are called there.
 
@@ -284,6 +296,7 @@ def renumbered(dataset: "datasets.Dataset", indices: Sequence[int]) -> "datasets
 
 __all__ = [
     "check_seen",
+    "check_texts",
     "label_numbers",
     "match_labels",
     "name_labels",

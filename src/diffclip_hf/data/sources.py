@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.commands import require_extra
 from ..common.loading import find_source
 from .dataset_files import check_depth, check_numbering, content_cache, local_files
-from .label_names import name_labels, own_labels, renumbered, wrong_labels
+from .label_names import check_texts, name_labels, own_labels, renumbered, wrong_labels
 from .shards import ImageTextShards, expand_braces, names_shards
 
 
@@ -162,6 +162,8 @@ def load_image_text_dataset(
     text = getattr(feature, "feature", feature)
     if getattr(text, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"The column {column} is {feature}; captions must be strings or lists of strings.")
+    if not load_options.get("streaming"):
+        check_texts(dataset, "caption")
     return dataset
 
 

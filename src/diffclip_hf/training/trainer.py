@@ -1,5 +1,6 @@
 """Transformers' Trainer for contrastive training: whole batches, retrieval metrics and faults that lose no weights."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +16,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import CONFIG_NAME
 
+from ..common.commands import one_line
 from ..common.remote_code import add_remote_code
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments, check_arguments
@@ -36,6 +38,7 @@ from .weights import (
 )
 
 
+logger = logging.getLogger(__name__)
 NO_ROWS = "The training data has no rows, so that nothing was trained."
 
 
@@ -372,6 +375,39 @@ class DiffCLIPTrainer(Trainer):
         if self.accelerator.scaler is None and not math.isfinite(whole(torch.as_tensor(grad_norm))):
             self.guard.stop("gradient")
         return grad_norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint's weights, which have to be the model's."""
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights of {resume_from_checkpoint} aren't this model's: {one_line(error, 300)}"
+            ) from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise a ValueError where weights are missing or have no place, of which Transformers only warns."""
+        for names, what in ((load_result.missing_keys, "lacks"), (load_result.unexpected_keys, "has more than")):
+            if names:
+                raise ValueError(
+                    f"The checkpoint {what} this model's weights: {', '.join(sorted(names)[:3])}"
+                    f"{', …' if len(names) > 3 else ''}. Resume with the model that it was saved from."
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's state, which has to be this run's; warn where a checkpoint has none."""
+        wrong = f"The optimizer's state in {checkpoint} is another run's"
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{wrong}: {one_line(error)}.") from error
+        if checkpoint is None:
+            return
+        if not any(Path(checkpoint).glob("*optim*")) and not any(Path(checkpoint).glob("global_step*")):
+            logger.warning("%s has no optimizer's state, which starts anew.", checkpoint)
+        # Its settings are the saved ones, among which another optimizer's aren't.
+        if missing := set(self.optimizer.defaults) - set(self.optimizer.param_groups[0]):
+            raise ValueError(f"{wrong}: it has no {', '.join(sorted(missing))}; resume with the same optim.")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint whole or not at all, and none of weights that aren't finite; see `Guard.save`."""
