@@ -1,5 +1,6 @@
 """What has to be settled before any test is imported, and what many files share."""
 
+import logging
 import os
 
 import pytest
@@ -22,6 +23,12 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     if getattr(config.option, "cov_source", None):
         os.environ[FOLDER] = str(config.rootpath)
+
+
+@pytest.fixture
+def propagate_logs(monkeypatch):
+    """Let caplog see Transformers' loggers, which don't pass on what they log."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from tokenizer_helper import BYTES
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from training_samples import tiny_processor
 
-from diffclip_hf import DiffCLIPModel
+from diffclip_hf import DiffCLIPForImageClassification, DiffCLIPModel
 from diffclip_hf.training import DiffCLIPTrainingArguments, ZeroShotTask
 
 
@@ -86,6 +86,10 @@ def collate_labels(rows: list[dict]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),
     }
+
+
+def classifier() -> DiffCLIPForImageClassification:
+    return randomised(DiffCLIPForImageClassification(tiny_config(num_labels=3)))
 
 
 # The tiny tokenizer's, and the end-of-text token of tiny_inputs.

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import datasets
 import numpy as np
 from PIL import Image
 from tiny import tiny_config
@@ -36,6 +37,25 @@ def sample(number: int, caption: str | bytes | None = "") -> dict[str, bytes]:
         text = caption or f"picture {number}"
         files["txt"] = text if isinstance(text, bytes) else text.encode()
     return files
+
+
+def rows(numbers, captions=None) -> list[dict]:
+    """Rows of pictures as a source gives them, with their captions, `picture 0` and so on unless given."""
+    return [
+        {"image": {"bytes": sample(number)["jpg"], "path": None}, "caption": caption}
+        for number, caption in zip(numbers, captions or map("picture {}".format, numbers), strict=True)
+    ]
+
+
+def pair_dataset(count: int = 6, image: str = "image", caption: str = "caption") -> datasets.Dataset:
+    """Pictures with captions, and a column that is neither."""
+    columns = {
+        image: [row["image"] for row in rows(range(count))],
+        caption: [f"picture {number}" for number in range(count)],
+        "width": [48] * count,
+    }
+    features = {image: datasets.Image(), caption: datasets.Value("string"), "width": datasets.Value("int32")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def write_tar(path: Path, samples: Iterable[Mapping[str, bytes]], first: int = 0, mode: str = "w") -> Path:

@@ -1,15 +1,10 @@
 """The trainer's arguments: what would have no effect is refused."""
 
 import pytest
-from pairs import Pairs, arguments, collate
-from tiny import tiny_config, tiny_model
+from pairs import Pairs, arguments, classifier, collate
+from tiny import tiny_model
 
-from diffclip_hf import DiffCLIPForImageClassification
 from diffclip_hf.training import DiffCLIPTrainer
-
-
-def classifier() -> DiffCLIPForImageClassification:
-    return DiffCLIPForImageClassification(tiny_config(num_labels=3))
 
 
 def refused(model, args, given: dict) -> None:

@@ -14,18 +14,18 @@ from pairs import (
     Pairs,
     Stream,
     arguments,
+    classifier,
     collate,
     collate_labels,
     stream_collate,
     zero_shot_parts,
 )
-from tiny import randomised, tiny_config, tiny_inputs, tiny_model
+from tiny import tiny_inputs, tiny_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from diffclip_hf import (
-    DiffCLIPForImageClassification,
     DiffCLIPModel,
     ZeroShotClassifier,
 )
@@ -146,10 +146,6 @@ def test_training_in_chunks_is_training_on_the_whole_batch(accumulation, tmp_pat
 
 
 # --- The stock Trainer ----------------------------------------------------------------------------------------------
-
-
-def classifier() -> DiffCLIPForImageClassification:
-    return randomised(DiffCLIPForImageClassification(tiny_config(num_labels=3)))
 
 
 @pytest.mark.parametrize("cls", [Trainer, DiffCLIPTrainer])

@@ -234,7 +234,7 @@ def read_texts(dataset: "datasets.Dataset", column: str) -> list[Any]:
 
 def check_texts(dataset: "datasets.Dataset", column: str) -> None:
     """Raise a ValueError where a row of a column of texts isn't UTF-8, before a worker comes to it."""
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
 
     try:
         # Without making objects of Python of millions of texts.

@@ -4,7 +4,6 @@ import gzip
 import io
 import itertools
 import json
-import logging
 import random
 import tarfile
 
@@ -20,10 +19,7 @@ from diffclip_hf.data import ImageTextCollator, ImageTextShards
 from diffclip_hf.data.shards import expand_braces, find_shards
 
 
-@pytest.fixture(autouse=True)
-def propagate_logs(monkeypatch):
-    # Transformers' loggers don't pass on what caplog is to see.
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+pytestmark = pytest.mark.usefixtures("propagate_logs")
 
 
 def only_list(rows):
