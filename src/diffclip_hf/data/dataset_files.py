@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def _content_digest(paths: Iterable[Path]) -> str:
     Pictures are known to a data set by their paths, and read anew each time.
     """
     digest = hashlib.sha256()
-    for path in sorted({path.absolute() for path in paths}):
+    for path in paths:
         digest.update(f"{path}\n".encode(errors="surrogateescape"))
         if path.suffix.lower() in _PICTURES:
             continue
@@ -53,7 +53,18 @@ def _texts(nested: Any) -> list[str]:
     return [] if nested is None else [os.fspath(nested)]
 
 
-def content_cache(source: str, load_options: Mapping[str, Any]) -> dict[str, str]:
+def named_files(source: str, load_options: Mapping[str, Any]) -> list[Path]:
+    """Return the files that `datasets.load_dataset` is to read, as far as they are here.
+
+    Args:
+        source: A folder, a file, or a pattern with `*` and braces.
+        load_options: Its further arguments, of which `data_dir` and `data_files` may name files too.
+    """
+    places = [source, *_texts(load_options.get("data_dir")), *_texts(load_options.get("data_files"))]
+    return sorted({file.absolute() for place in places for file in local_files(place)})
+
+
+def content_cache(files: Sequence[Path], load_options: Mapping[str, Any]) -> dict[str, str]:
     """Return the option `cache_dir` with which `datasets` reads local files anew where they hold something else.
 
     By itself it knows them by their paths, sizes and times, and what a zip file holds by the zip file's path, so that
@@ -61,14 +72,11 @@ def content_cache(source: str, load_options: Mapping[str, Any]) -> dict[str, str
     that lie in a folder aren't, since `datasets` keeps none of them.
 
     Args:
-        source: What `datasets.load_dataset` is to read: a folder, a file, or a pattern with `*` and braces. Of what
-            isn't here nothing is returned.
-        load_options: Its further arguments, of which `data_dir` and `data_files` may name files too.
+        files: As `named_files` gives them; without any nothing is returned.
+        load_options: The further arguments of `datasets.load_dataset`.
     """
     import datasets
 
-    places = [source, *_texts(load_options.get("data_dir")), *_texts(load_options.get("data_files"))]
-    files = [file for place in places for file in local_files(place)]
     if not files or load_options.get("streaming"):
         return {}
     folder = load_options.get("cache_dir") or datasets.config.HF_DATASETS_CACHE
@@ -89,12 +97,12 @@ def _depths(line: bytes, depth: int) -> tuple[int, int]:
     return deepest, depth
 
 
-def check_depth(source: str) -> None:
-    """Raise a ValueError where a folder's JSON is so deep that PyArrow's parser ends the whole process.
+def check_depth(files: Iterable[Path]) -> None:
+    """Raise a ValueError where JSON is so deep that PyArrow's parser ends the whole process.
 
     It reads one value over several lines too.
     """
-    for path in sorted(local_files(source)):
+    for path in files:
         if path.suffix.lower() not in JSON_SUFFIXES:
             continue
         depth = 0
@@ -107,16 +115,16 @@ def check_depth(source: str) -> None:
                     )
 
 
-def check_numbering(source: str, column: str) -> None:
+def check_numbering(files: Iterable[Path], column: str) -> None:
     """Raise a ValueError where Parquet files have the names of a column in different orders.
 
     Their labels are indices, and `datasets` takes the names of the first file for all.
     """
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    files = sorted(path for path in local_files(source) if path.suffix == ".parquet")
+    tables = [path for path in files if path.suffix == ".parquet"]
     first: tuple[Path, Any] | None = None
-    for path in files if len(files) > 1 else []:
+    for path in tables if len(tables) > 1 else []:
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features") or {}
         names = features.get(column, {}).get("names")
@@ -128,4 +136,4 @@ def check_numbering(source: str, column: str) -> None:
             )
 
 
-__all__ = ["check_depth", "check_numbering", "content_cache", "local_files"]
+__all__ = ["check_depth", "check_numbering", "content_cache", "local_files", "named_files"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.commands import require_extra
 from ..common.loading import find_source
-from .dataset_files import check_depth, check_numbering, content_cache, local_files
+from .dataset_files import check_depth, check_numbering, content_cache, local_files, named_files
 from .label_names import check_texts, name_labels, own_labels, renumbered, wrong_labels
 from .shards import ImageTextShards, expand_braces, names_shards
 
@@ -88,8 +88,9 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         if split not in loaded:
             raise ValueError(f"split is {split!r}; {source!r} has {', '.join(loaded)}.")
         return loaded[split]
-    check_depth(source)
-    load_options = load_options | content_cache(source, load_options)
+    files = named_files(source, load_options)
+    check_depth(files)
+    load_options = load_options | content_cache(files, load_options)
     # Of files that it can't read the library raises these, its own with what says more behind it.
     try:
         if source.endswith(".parquet"):
@@ -193,7 +194,7 @@ def load_own_labels(
     dataset = _load(source, split, load_options)
     # Before the labels are numbered, which goes through every row.
     dataset, column = _two_columns(dataset, image_column, "label", LABEL_COLUMNS, label_column)
-    check_numbering(source, column)
+    check_numbering(named_files(source, load_options), column)
     return *own_labels(dataset, column), column
 
 
