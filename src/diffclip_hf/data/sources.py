@@ -88,9 +88,9 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         if split not in loaded:
             raise ValueError(f"split is {split!r}; {source!r} has {', '.join(loaded)}.")
         return loaded[split]
-    files = named_files(source, load_options)
-    check_depth(files)
-    load_options = load_options | content_cache(files, load_options)
+    found = named_files(source, load_options)
+    check_depth(found)
+    load_options = load_options | content_cache(found, load_options)
     # Of files that it can't read the library raises these, its own with what says more behind it.
     try:
         if source.endswith(".parquet"):
