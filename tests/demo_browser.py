@@ -130,7 +130,7 @@ class DemoPage:
         script = """
             const [button, area, scores, text] = arguments;
             window.answered = false;
-            const look = () => { window.answered ||= scores.querySelector("dt") !== null; };
+            const look = () => { window.answered ||= scores.querySelector("button.share") !== null; };
             new MutationObserver(look).observe(scores, {childList: true, subtree: true});
             button.click();
             area.value += text;
@@ -144,16 +144,15 @@ class DemoPage:
         """Whether no answer is under way."""
         return not self.find("#scores [data-testid=status-tracker]:not(.hide)")
 
-    def classify(self) -> dict[str, int]:
+    def classify(self) -> dict[str, str]:
         self.press()
         self.wait(self.bars)
         return self.bars()
 
-    def bars(self) -> dict[str, int]:
-        """Label → percent, in the order shown."""
-        parts = "['dt', 'dd'].map(part => element.querySelector(part).textContent.trim())"
-        found = self.read("#scores [data-testid$=confidence-set]", parts)
-        return {label: int(percent.removesuffix("%")) for label, percent in found}
+    def bars(self) -> dict[str, str]:
+        """Label → percent as it's written, in the order shown."""
+        parts = "[element.querySelector('span').firstChild, element.querySelector('b')].map(part => part.textContent)"
+        return dict(self.read("#scores button.share", parts))
 
     def wait_until_empty(self) -> None:
         """Wait until neither bars nor a label nor an overlay is shown, and none is under way."""

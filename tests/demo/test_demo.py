@@ -230,6 +230,31 @@ def test_a_model_that_lacks_a_part_is_refused_before_anything_is_served(tmp_path
         assert not Path("space").exists()
 
 
+def test_what_a_model_knows(tmp_path):
+    """By its card's first paragraph, as text."""
+    cards = {
+        "front": "---\na: b\n---\n\n# Title\n\n![a](b.png)\n\nKnows **cats** of\n[here](http://x), <b>.\n\nMore.",
+        "long": "word " * 200,
+        "none": None,
+    }
+    for name, text in cards.items():
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "README.md").write_text(text, encoding="utf-8")
+    assert demo.card_summary(tmp_path / "front") == "Knows cats of here, <b>."
+    assert len(demo.card_summary(tmp_path / "long")) < 510
+    said = demo.describe({"front": str(tmp_path / "front"), "none": str(tmp_path / "none"), "org/name": "org/name"})
+    assert "<b>front</b>: Knows cats of here, &lt;b&gt;.<" in said
+    assert "<b>none</b>: It has no model card" in said
+    assert 'href="https://huggingface.co/org/name"' in said
+    assert "emoji and nothing else" in demo.describe({"diffclip-emoji": MODEL})
+
+
+def test_an_examples_name_is_its_label():
+    names = {"03-dog-face.png": "dog face", "00-01-snow_man.png": "snow man", "a, b.png": "a b"}
+    assert {name: demo.example_label(Path(name)) for name in names} == names
+
+
 def test_a_space_runs_without_the_package(tmp_path, stock):
     from gradio import __version__
     from gradio_client import Client, handle_file
@@ -278,6 +303,11 @@ def test_a_space_runs_without_the_package(tmp_path, stock):
     assert f"{ROOT}/src/diffclip_hf/" not in imported
 
 
+def percents(scores: dict[str, float]) -> dict[str, str]:
+    """What the page writes beside the bars."""
+    return {label: f"{100 * score:.1f} %" for label, score in scores.items()}
+
+
 @pytest.fixture(scope="module")
 def server(clip, tmp_path_factory):
     if CHROMIUM is None or DRIVER is None:
@@ -314,7 +344,7 @@ def test_a_picture_is_classified(page, stock):
     bars = page.classify()
     assert list(bars) == list(stock)
     assert next(iter(bars)) == page.chosen() == "pizza"
-    assert bars == {label: round(100 * score) for label, score in stock.items()}
+    assert bars == percents(stock)
 
     found = classify(str(PICTURES / "pizza.png"), LABELS, "a drawing of {}", MODEL)
     first, address = page.overlay(), page.source("overlay")
@@ -323,7 +353,7 @@ def test_a_picture_is_classified(page, stock):
     second, address = page.overlay(after=address), page.source("overlay")
     assert np.abs(second.astype(int) - draw_overlay(found, "rocket")).max() <= 1
     assert (first != second).any()
-    page.find("[data-testid='snowman-confidence-set']")[0].click()
+    page.find("#scores button.share")[list(bars).index("snowman")].click()
     third = page.overlay(after=address)
     page.wait(lambda: page.chosen() == "snowman")
     assert np.abs(third.astype(int) - draw_overlay(found, "snowman")).max() <= 1
@@ -334,9 +364,53 @@ def test_an_example_is_classified(page):
     page.wait(lambda: len(page.find("#examples .gallery-item img")) == 8)
     names = sorted(path.stem for path in PICTURES.glob("*.png"))
     page.find("#examples .gallery-item")[names.index("rocket")].click()
-    page.wait(lambda: page.source("picture"))
-    page.write(LABELS)
-    assert next(iter(page.classify())) == "rocket"
+    page.wait(page.bars)
+    assert next(iter(page.bars())) == page.chosen() == "rocket"
+    # The files' names are the labels, since none were written.
+    assert set(page.bars()) == {name.replace("-", " ") for name in names}
+    page.write("bicycle, violin")
+    page.wait_until_empty()
+    page.find("#examples .gallery-item")[names.index("bicycle")].click()
+    page.wait(page.bars)
+    assert list(page.bars()) == ["bicycle", "violin"]
+
+
+@pytest.mark.slow
+def test_what_isnt_shown_is_said_and_labels_are_text(page):
+    page.upload_and_see(PICTURES / "pizza.png")
+    odd = "<img src=x onerror=window.hit=1>{{this}}${window.hit=1}"
+    page.write(", ".join([odd, *(f"label {number}" for number in range(59))]))
+    bars = page.classify()
+    assert len(bars) == 10
+    (said,) = page.read("#scores p", "element.textContent")
+    shares = classify(
+        str(PICTURES / "pizza.png"), page.read("#labels textarea", "element.value")[0], "{}", MODEL
+    ).scores
+    assert said == f"The 10 best of 60 labels; the others share {100 * sum(list(shares.values())[10:]):.1f} %."
+    page.write(odd + ", pizza")
+    page.wait_until_empty()
+    assert set(page.classify()) == {odd, "pizza"}
+    assert page.driver.execute_script("return window.hit") is None
+
+
+@pytest.mark.slow
+def test_on_a_phone_the_answer_comes_into_view(page):
+    size = page.driver.get_window_size()
+    page.driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        page.upload_and_see(PICTURES / "pizza.png")
+        page.write(LABELS)
+        place = "[element.getBoundingClientRect().top, window.innerHeight]"
+        ((top, height),) = page.read("#scores", place)
+        assert top > height
+        page.classify()
+        page.wait(lambda: abs(page.read("#scores", place)[0][0]) < height / 2)
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.driver.set_window_size(size["width"], size["height"])
 
 
 @pytest.mark.slow
@@ -349,7 +423,7 @@ def test_a_change_takes_the_old_answer_away(page, clip):
     other = page.classify()
     assert other != first
     expected = classify(str(PICTURES / "pizza.png"), LABELS, "{}", clip).scores
-    assert other == {label: round(100 * score) for label, score in expected.items()}
+    assert other == percents(expected)
     page.write("pizza, rocket")
     page.wait_until_empty()
     assert set(page.classify()) == {"pizza", "rocket"}
@@ -376,7 +450,11 @@ def test_the_page_says_what_is_wrong_and_goes_on(page, bad):
     page.upload_and_see(PICTURES / "pizza.png")
     page.press()
     assert "no labels" in page.message()
+    page.press()
+    page.wait(lambda: page.find("[data-testid=toast-text]"))
+    # It leaves with what was wrong.
     page.write(LABELS)
+    page.wait(lambda: not page.find("[data-testid=toast-text]"))
     page.upload(bad / "heavy.png")
     assert "exceed the maximum allowed size of 20" in page.message()
     for name, words in {

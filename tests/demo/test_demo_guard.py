@@ -318,19 +318,20 @@ def test_the_queue_holds_so_many(client, uploaded, monkeypatch):
 
 def test_an_example_is_chosen_through_the_queue(client):
     index = functions(client)["on_example"]
-    for number, words in {0: "event: complete", 1: "no such example", -1: "no such example"}.items():
-        body = {"data": [number], "fn_index": index, "session_hash": f"example{number}"}
+    for number, labels, words in [(0, "pizza, rocket", ""), (1, "", "no such example"), (-1, 5, "no such example")]:
+        body = {"data": [number, labels], "fn_index": index, "session_hash": f"example{number}"}
         assert client.post("/gradio_api/queue/join", json=body).status_code == 200
         events = client.get("/gradio_api/queue/data", params={"session_hash": f"example{number}"}).text
         if number:
             assert words in events
         else:
-            path = next(
-                event["output"]["data"][0]["path"]
+            picture, kept = next(
+                event["output"]["data"]
                 for line in events.splitlines()
                 if (event := json.loads(line.removeprefix("data: ") or "{}")).get("msg") == "process_completed"
             )
-            assert '"label": "rocket"' in classified(client, {"path": path})
+            assert kept == labels
+            assert '"label": "rocket"' in classified(client, {"path": picture["path"]})
 
 
 def test_the_store_is_private_and_goes_in_the_end(tmp_path, monkeypatch):

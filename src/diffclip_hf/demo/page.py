@@ -22,6 +22,7 @@ import contextlib
 import html
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -54,6 +55,8 @@ from diffclip_hf.zero_shot import image_files
 logger = logging.getLogger("diffclip_hf.demo")
 HERE = Path(__file__).resolve().parent
 SHOWN_BARS, MAX_EXAMPLES = 10, 12
+# How long a message stays, if nothing is changed.
+MESSAGE_SECONDS = 600
 # Of requests in the queue, and of results that are kept for who asked, a megabyte each.
 MAX_WAITING, MAX_SESSIONS = 32, 200
 TEMPLATES = ("{}", "a photo of a {}.", "This is a photo of {}.")
@@ -61,18 +64,108 @@ TEMPLATE_INFO = (
     "{} stands for the label. {} alone takes labels as written: right for whole captions, and for models trained on "
     "names, such as the small emoji model. The released models were trained on captions: try “a photo of a {}.”"
 )
-# Small pictures are enlarged.
-STYLE = "#picture img, #overlay img { width: 100%; height: 100%; object-fit: contain; }"
+STYLE = """
+/* Small pictures are enlarged. */
+#picture img, #overlay img { width: 100%; height: 100%; object-fit: contain; }
+/* The message says what is wrong, and leaves when that is mended. */
+[data-testid=status-tracker]:has(.error) { display: none; }
+/* Below the name of the block. */
+#scores .bars { padding-top: 20px; }
+#scores button.share {
+    display: block; width: 100%; padding: 4px 0; margin: 0; border: 0; box-shadow: none; background: none;
+    text-align: left; cursor: pointer; color: var(--body-text-color); font-size: var(--text-md);
+}
+#scores button.share span { display: flex; justify-content: space-between; gap: 12px; overflow-wrap: anywhere; }
+#scores button.share span b { font-weight: 500; font-variant-numeric: tabular-nums; white-space: nowrap; }
+#scores button.share i {
+    display: block; height: 6px; min-width: 2px; border-radius: 3px; background: var(--color-accent);
+}
+#scores button.share:hover span, #scores button.share:focus-visible span { text-decoration: underline; }
+#scores p { margin: 4px 0 0; color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+"""
+# The bars of a value such as Gradio's own `Label` has. What is a label is put in as text: a template would take it for
+# a piece of one.
+BARS = """
+const draw = () => {
+    const box = element.querySelector(".bars");
+    box.replaceChildren();
+    const found = props.value?.confidences ?? [];
+    const percent = (share) => `${(100 * share).toFixed(1)} %`;
+    const add = (parent, kind, text) => {
+        const child = parent.appendChild(document.createElement(kind));
+        child.textContent = text;
+        return child;
+    };
+    found.slice(0, props.most).forEach(({label, confidence}, index) => {
+        const bar = add(box, "button", "");
+        bar.className = "share";
+        const line = add(bar, "span", label);
+        add(line, "b", percent(confidence));
+        add(bar, "i", "").style.width = `${100 * confidence}%`;
+        bar.addEventListener("click", () => trigger("select", {index, value: label, selected: true}));
+    });
+    const rest = found.slice(props.most).reduce((sum, one) => sum + one.confidence, 0);
+    if (found.length > props.most)
+        add(box, "p", `The ${props.most} best of ${found.length} labels; the others share ${percent(rest)}.`);
+    else if (!found.length)
+        add(box, "p", "The scores of your labels will stand here.");
+};
+draw();
+watch("value", draw);
+"""
+# Where the results are below the others, as on a phone.
+SHOW_RESULTS = """() => {
+    const { top, bottom } = document.querySelector("#scores").getBoundingClientRect();
+    if (top < 0 || bottom > window.innerHeight)
+        document.querySelector("#scores").scrollIntoView({ behavior: "smooth", block: "start" });
+}"""
+# What was wrong with the last inputs isn't said of others.
+CLOSE_MESSAGES = """(...inputs) => {
+    for (const close of document.querySelectorAll("[data-testid=toast-close]")) close.click();
+    return inputs;
+}"""
 INTRODUCTION = """\
 # DiffCLIP in the browser
-Give a picture and some labels. The model says which label fits best, and where in the picture it looks for each.
-DiffCLIP is CLIP with differential attention ([paper](https://arxiv.org/abs/2503.06626)).
+Give the model a picture and some labels. It says which label fits best, and shows where in the picture it looks for
+each. DiffCLIP is CLIP with differential attention ([paper](https://arxiv.org/abs/2503.06626)).
 """
 LEGEND = """\
-Scores are shares among the labels given. Click a bar, or choose a label, to see which parts of the picture raise its
-score, the darker the more ([method](https://arxiv.org/abs/2103.15679)). Only the middle square, which the model sees,
-is shown; each label's colours are on a scale of their own.
+A score is a label's share among the labels that you gave, so one of them always looks good, even if none fits. Click a
+bar, or choose a label, to see which parts of the picture raise its score: the darker, the more
+([method](https://arxiv.org/abs/2103.15679)). Each label's colours have a scale of their own. The model sees only the
+middle square of the picture, and so does this one.
 """
+
+
+def example_label(path: Path) -> str:
+    """Return what a prepared example's file name says that it shows, `dog face` for `03-dog-face.png`."""
+    return " ".join(re.sub(r"^(\d\d-)+|[-_,]", " ", path.stem).split())
+
+
+def describe(models: Mapping[str, str]) -> str:
+    """Return what the models know, as HTML: what their cards begin with, or where a card may be."""
+    lines = []
+    for shown, source in models.items():
+        name = html.escape(shown)
+        if Path(source).is_dir():
+            summary = html.escape(card_summary(Path(source))) or "It has no model card that says what it knows."
+        else:
+            address = html.escape(f"https://huggingface.co/{source}")
+            summary = f'<a href="{address}" target="_blank">Its card on the Hub</a> says what it knows.'
+        lines.append(f"<p><b>{name}</b>: {summary}</p>")
+    return "".join(lines)
+
+
+def card_summary(folder: Path, most: int = 500) -> str:
+    """Return the first paragraph of a folder's model card as plain text, of at most so many characters."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
+    paragraphs = [part for part in re.split(r"\n\s*\n", text.strip()) if not re.match(r"\s*([#<!|`]|\[!)", part)]
+    plain = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", " ".join(paragraphs[0].split())) if paragraphs else ""
+    plain = re.sub(r"[*`]", "", plain)
+    return plain if len(plain) <= most else f"{plain[:most].rsplit(' ', 1)[0]} …"
 
 
 def build_page(
@@ -101,11 +194,13 @@ def build_page(
         except (ValueError, TypeError, OSError) as error:
             # Gradio shows HTML.
             text = html.escape(str(error), quote=False)
-            raise gr.Error(text, title="That can't be classified", print_exception=False) from error
+            raise gr.Error(text, MESSAGE_SECONDS, title="That can't be classified", print_exception=False) from error
         if classified.cut:
             cut = html.escape(", ".join(classified.cut), quote=False)
-            gr.Warning(f"Longer than the model's texts, and cut: {cut}.", title="Labels cut")
-        return (inputs, classified), classified.scores, gr.Dropdown(list(classified.scores), value=best), drawn
+            gr.Warning(f"Too long for the model, and cut: {cut}.", MESSAGE_SECONDS, title="Labels cut")
+        shares = [{"label": label, "confidence": share} for label, share in classified.scores.items()]
+        bars = {"label": best, "confidences": shares}
+        return (inputs, classified), bars, gr.Dropdown(list(classified.scores), value=best), drawn
 
     def on_choose(result, label):
         known = result and isinstance(label, str) and label in result[1].scores
@@ -114,10 +209,12 @@ def build_page(
     def on_bar(result, selected: gr.SelectData):
         return selected.value, on_choose(result, selected.value)
 
-    def on_example(number):
+    def on_example(number, labels):
         if not isinstance(number, int) or not 0 <= number < len(examples):
             raise gr.Error("There is no such example.", print_exception=False)
-        return str(examples[number])
+        # Labels that somebody wrote stay.
+        written = isinstance(labels, str) and labels.strip()
+        return str(examples[number]), labels if written else ", ".join(map(example_label, examples))
 
     def after_result(result, *inputs):
         if result and result[0] == inputs:
@@ -154,18 +251,28 @@ def build_page(
                     elem_id="template",
                 )
                 model = gr.Dropdown(list(models), label="Model", elem_id="model")
+                gr.HTML(describe(models), elem_id="about")
                 run = gr.Button("Classify", variant="primary", elem_id="classify")
                 if examples:
                     # Not Gradio's own `Examples`, whose clicks pass the queue by.
                     offered = gr.Dataset(
-                        label="Examples",
+                        label="Examples: choose one, and it is classified",
                         components=[picture],
                         samples=[[str(path)] for path in examples],
                         type="index",
                         elem_id="examples",
                     )
             with gr.Column():
-                bars = gr.Label(label="Scores", num_top_classes=SHOWN_BARS, show_heading=False, elem_id="scores")
+                bars = gr.HTML(
+                    label="Scores",
+                    html_template="<div class='bars'></div>",
+                    js_on_load=BARS,
+                    most=SHOWN_BARS,
+                    show_label=True,
+                    container=True,
+                    padding=True,
+                    elem_id="scores",
+                )
                 chosen = gr.Dropdown(
                     [], label="Where the model looks for this label", interactive=True, elem_id="chosen"
                 )
@@ -191,8 +298,13 @@ def build_page(
             "api_visibility": "private",
         }
         # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
+        answer: dict[str, Any] = {"fn": on_classify, "inputs": inputs, "outputs": outputs, "preprocess": False, **slow}
+        done = [run.click(**answer, js=CLOSE_MESSAGES, api_name="classify")]
+        if examples:
+            example = offered.click(on_example, [offered, labels], [picture, labels], js=CLOSE_MESSAGES, **quick)
+            done.append(example.success(**answer, api_visibility="private"))
         asked = [
-            run.click(on_classify, inputs, outputs, preprocess=False, api_name="classify", **slow),
+            *done,
             chosen.input(on_choose, [state, chosen], drawn, trigger_mode="always_last", api_name="overlay", **slow),
             bars.select(on_bar, state, [chosen, drawn], api_visibility="private", **slow),
         ]
@@ -201,8 +313,11 @@ def build_page(
             event.then(after_result, [state, *inputs], outputs, preprocess=False, **quick)
         changes = [picture.change, labels.change, template.change, model.change]
         gr.on(changes, on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
-        if examples:
-            offered.click(on_example, offered, picture, **quick)
+        for event in done:
+            event.success(None, js=SHOW_RESULTS)
+        # Of what a person does alone: `change` comes after an answer too.
+        edits = [picture.upload, picture.clear, labels.input, template.input, model.input]
+        gr.on(edits, None, js=CLOSE_MESSAGES)
     return page
 
 
@@ -291,7 +406,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", metavar="MODEL", nargs="*", help="a folder or an id on the Hub")
     parser.add_argument(
-        "--examples", metavar="FOLDER", type=Path, help=f"up to {MAX_EXAMPLES} pictures to choose from"
+        "--examples",
+        metavar="FOLDER",
+        type=Path,
+        help=f"up to {MAX_EXAMPLES} pictures to choose from; their files' names, such as dog-face.png, become labels",
     )
     parser.add_argument("--host", help="the address to listen at; 127.0.0.1, if the environment says nothing else")
     parser.add_argument("--port", type=int, help="the first free one from 7860, if the environment says nothing else")

@@ -112,7 +112,7 @@ def write_space(folder: Path, app: Path, models: Mapping[str, str], examples: Se
         for shown, name in models.items():
             if Path(name).is_dir():
                 (beside / shown).mkdir()
-                for path in files_to_share(name):
+                for path in files_to_share(name, ["README.md"]):
                     shutil.copyfile(path, beside / shown / path.name)
         prepare_examples(examples, beside / EXAMPLES)
 
