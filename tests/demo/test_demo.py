@@ -378,8 +378,8 @@ def test_an_example_is_classified(page):
 @pytest.mark.slow
 def test_what_isnt_shown_is_said_and_labels_are_text(page):
     page.upload_and_see(PICTURES / "pizza.png")
-    odd = "<img src=x onerror=window.hit=1>{{this}}${window.hit=1}"
-    page.write(", ".join([odd, *(f"label {number}" for number in range(59))]))
+    odd = ["<img src=x onerror=hit=1>", "{{this}}", "${window.hit=1}"]
+    page.write(", ".join([*odd, *(f"label {number}" for number in range(57))]))
     bars = page.classify()
     assert len(bars) == 10
     (said,) = page.read("#scores p", "element.textContent")
@@ -387,9 +387,9 @@ def test_what_isnt_shown_is_said_and_labels_are_text(page):
         str(PICTURES / "pizza.png"), page.read("#labels textarea", "element.value")[0], "{}", MODEL
     ).scores
     assert said == f"The 10 best of 60 labels; the others share {100 * sum(list(shares.values())[10:]):.1f} %."
-    page.write(odd + ", pizza")
+    page.write(", ".join([*odd, "pizza"]))
     page.wait_until_empty()
-    assert set(page.classify()) == {odd, "pizza"}
+    assert set(page.classify()) == {*odd, "pizza"}
     assert page.driver.execute_script("return window.hit") is None
 
 
