@@ -30,7 +30,10 @@ PYTHON = [(page, code) for page, language, code in BLOCKS if language == "python
 SOURCE = "hammh0a/DiffCLIP_ViTB16_CC12M"
 CONVERT = "docs/guides/convert.md"
 # Commands that run here: on what the repository has, in little time.
-RUNS_HERE = ("-m diffclip_hf.evaluate embedded/", "-m diffclip_hf.evaluate --list", "-m diffclip_hf.train --help")
+RUNS_HERE = tuple(
+    f"-m diffclip_hf.{words}"
+    for words in ("evaluate embedded/", "evaluate --list", "train --help", "train --model_name_or_path embedded/")
+)
 
 
 def commands(page: str | None = None) -> list[tuple[str, list[str]]]:

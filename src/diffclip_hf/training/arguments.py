@@ -41,6 +41,10 @@ class DiffCLIPTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for parameters without a gradient in each step."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint's folder, or last for the newest complete one in output_dir."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to leave losses that aren't finite out of the logs."}
     )
