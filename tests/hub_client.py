@@ -15,6 +15,15 @@ from diffclip_hf import DiffCLIPTokenizer
 
 # A later import of the package fails as if it weren't installed.
 WITHOUT_PACKAGE = "import sys; sys.modules['diffclip_hf'] = None\n"
+# What a client that has the package runs of it is measured, up to the process's end.
+_MEASURED = f"""
+import atexit, contextlib, sys
+sys.path.append({str(Path(__file__).parent)!r})
+from measuring import measured
+_measuring = contextlib.ExitStack()
+_measuring.enter_context(measured())
+atexit.register(_measuring.close)
+"""
 # Answers a line of JSON, {"result"} or {"error"}, to every line of JSON, a string of code.
 _LOOP = """
 import json, os, sys, time
@@ -52,9 +61,10 @@ class Client:
     def __init__(self, hub: HubServer, folder: Path, prelude: str = ""):
         self.home, self.log = folder / "home", folder / "log"
         folder.mkdir(parents=True, exist_ok=True)
+        measuring = "" if prelude.startswith(WITHOUT_PACKAGE) else _MEASURED
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", prelude + _LOOP],
+                [sys.executable, "-c", measuring + prelude + _LOOP],
                 cwd=folder,
                 env=hub.environment(self.home),
                 stdin=subprocess.PIPE,

@@ -9,12 +9,24 @@ import torch
 from huggingface_hub import constants
 from tiny import TOWER
 from tokenizer_helper import BYTES, tiny_clip_tokenizer
+from tokenizers import processors
 from training_samples import tiny_pair_model, tiny_processor
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
+from transformers import (
+    AutoImageProcessor,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPForImageClassification, DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.common.loading import (
     check_device,
+    check_image_processor,
+    check_path,
     check_tokenizer,
     find_source,
     is_local,
@@ -223,6 +235,24 @@ def test_old_data_sets_have_no_owner(tmp_path, monkeypatch):
         find_source("pictres", repo_type="dataset")
 
 
+def test_what_an_option_names_has_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "captions").mkdir()
+    assert check_path("~/captions", "--data") == tmp_path / "captions"
+    with pytest.raises(ValueError, match=r"^--data is '~/caption'\. .* has no caption; did you mean captions\?"):
+        check_path("~/caption", "--data")
+
+
+def test_a_file_and_an_adapter_are_no_models_folder(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is a file; name the folder that save_pretrained wrote"):
+        load_config(whole / "config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no config\.json, but an adapter; name the model that it is for"):
+        load_config(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config\.json names no base_model_name_or_path"):
+        load_model(tmp_path)
+
+
 # Processors ---------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +302,23 @@ def test_another_models_image_processor(fields, words, copy):
             load()
 
 
+def test_a_part_alone_is_no_processor(whole, tmp_path):
+    shutil.copy(whole / "config.json", tmp_path)
+    tiny_processor().image_processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a DiffCLIPImageProcessor\w*, which has no .*tokenizer; save the"):
+        load_processor(tmp_path, processor_class=AutoImageProcessor)
+
+
+def test_an_image_processor_that_resizes_nothing_fits_every_model():
+    """The pictures that it's given may have the model's size."""
+    processor = tiny_processor().image_processor
+    config = DiffCLIPConfig(vision_config={"image_size": 64, "patch_size": 8})
+    with pytest.raises(ValueError, match="makes images of 32x32 pixels; the model's image_size is 64"):
+        check_image_processor(processor, config, "there")
+    processor.do_resize = False
+    check_image_processor(processor, config, "there")
+
+
 def test_a_link_to_nothing(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"link is a link to .*gone, which isn't there\.$"):
@@ -305,6 +352,14 @@ def test_another_models_tokenizer(fields, words):
     for config in (DiffCLIPConfig(text_config=text), CLIPConfig(text_config=text)):
         with pytest.raises(ValueError, match=words):
             check_tokenizer(shifted_tokenizer(), config, "there")
+
+
+def test_a_tokenizer_that_ends_no_text():
+    tokenizer = tiny_clip_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    text = {**TOWER, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513}
+    with pytest.raises(ValueError, match="ends no text with the end-of-text id 513, at which the model pools"):
+        check_tokenizer(tokenizer, DiffCLIPConfig(text_config=text))
 
 
 def test_several_ends_of_text():

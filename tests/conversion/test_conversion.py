@@ -17,7 +17,9 @@ from parity_models import FIXTURES, VARIANTS, golden
 from tolerances import PARITY_WITH_ORIGINAL, relative_error
 from transformers import AutoModel, AutoProcessor
 
+from diffclip_hf import DiffCLIPConfig
 from diffclip_hf.conversion import convert_original_checkpoint as conversion
+from diffclip_hf.conversion import parity_gate
 from diffclip_hf.conversion.clip_vocabulary import clip_tokenizer, find_merges_file
 from diffclip_hf.conversion.original_keys import Entry, Layout, key_table, key_table_of
 
@@ -419,3 +421,22 @@ def test_no_vocabulary_to_be_found(tmp_path, caplog, monkeypatch, weights):
     caplog.clear()
     args = ["--tokenizer", tmp_path / "short.txt.gz"]
     failing(tmp_path, caplog, "--checkpoint", path, *args, words=["doesn't hold CLIP's merges"])
+
+
+def test_the_gate_has_a_picture_of_its_own_where_the_embedded_models_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity_gate, "PICTURES", tmp_path)
+    (found,) = parity_gate.pictures()
+    assert (found.mode, found.size) == ("RGB", (320, 240))
+    # The ellipse's middle, and grey beside it.
+    assert found.getpixel((130, 110)) == (200, 60, 30)
+    assert len(set(found.getpixel((300, 20)))) == 1
+
+
+def test_the_gate_refuses_what_it_cannot_compare():
+    other = DiffCLIPConfig(text_config={"lambda_init": 0.5})
+    with pytest.raises(ValueError, match="it must be one number or a name, in both towers"):
+        parity_gate.reference_outputs({}, other, {})
+    with pytest.raises(conversion.ConversionError, match=r"An output has shape \(2,\); the original's is \(3,\)"):
+        parity_gate.relative_error(torch.ones(2), torch.ones(3))
+    # By hand: the largest difference is 1, the largest magnitude 4.
+    assert parity_gate.relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0])) == 0.25

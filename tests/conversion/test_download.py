@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 from hub_server import READER, WRITER, HubServer
+from huggingface_hub.errors import HfHubHTTPError
 from parity_models import FIXTURES
 
 from diffclip_hf.conversion import convert_original_checkpoint as conversion
+from diffclip_hf.conversion import download
 
 
 SCRIPT = Path(__file__).parents[2] / "conversion" / "convert_original_checkpoint.py"
@@ -140,3 +143,28 @@ def test_an_unknown_repository_is_read_off_its_keys(tmp_path, monkeypatch):
     assert asked == [("org/mine", "x.pt", "v1", None)]
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
     assert "assuming lambda_init 0.8" in report["assumptions"][0]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            HfHubHTTPError("No.", response=httpx.Response(401, request=httpx.Request("HEAD", "http://hub"))),
+            "(401); pass",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            "a.pt could not be fetched whole ([Errno 28] No space left on device)",
+        ),
+    ],
+    ids=["token", "disk"],
+)
+def test_what_the_client_raises_otherwise(error, words, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(download, "hf_hub_download", fail)
+    with pytest.raises(download.ConversionError) as raised:
+        download.download_checkpoint("org/x", "a.pt", None, None)
+    assert str(raised.value).startswith("--repo-id org/x: ")
+    assert words in str(raised.value)

@@ -19,7 +19,7 @@ from diffclip_hf import DiffCLIPConfig
 from diffclip_hf.common.remote_code import CODE_FILES
 from diffclip_hf.conversion import convert_original_checkpoint, push_to_hub
 from diffclip_hf.conversion.convert_original_checkpoint import REPORT_FILE
-from diffclip_hf.conversion.model_card import Card, render_card
+from diffclip_hf.conversion.model_card import Card, CardError, render_card
 
 
 SCRIPT = Path(__file__).parents[2] / "conversion" / "push_to_hub.py"
@@ -271,6 +271,24 @@ def test_the_papers_figures_are_those_of_the_variant_and_marked(folder, config, 
     for figure in figures:
         assert figure in section
     assert "none of the paper's figures" in make_card(folder, None, **config)
+
+
+def test_a_variant_of_which_the_paper_has_no_figures(folder):
+    """Of CC3M the paper's tables have CLIP and DiffCLIP alone."""
+    card = make_card(folder, "cc3m", text_config={"attention_type": "standard"})
+    assert "The paper has no figures of this model with" in card
+    assert "Accuracy in %" not in card
+
+
+def test_a_card_of_what_doesnt_fit(folder):
+    reported = {"source": {"repo_id": "org/theirs"}}
+    with pytest.raises(CardError, match="--source-repo is org/mine; the conversion's report says org/theirs"):
+        render_card(Card("org/x", None, folder, reported, True, None, "org/mine", "unknown"))
+    with pytest.raises(CardError, match=r"not of the form that the conversion writes \(KeyError: 'gate'\)"):
+        render_card(Card("org/x", None, folder, {}, True, None, None, "unknown"))
+    (folder / "processor_config.json").write_text('{"image_processor": {"size": {"height": 9}}}')
+    with pytest.raises(CardError, match=r"processor_config\.json isn't of DiffCLIP's image processor \(KeyError"):
+        render_card(Card("org/x", None, folder, None, True, None, None, "unknown"))
 
 
 def test_figures_of_the_paper_equal_its_tables():

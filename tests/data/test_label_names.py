@@ -14,7 +14,7 @@ from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 
 from diffclip_hf import DiffCLIPForImageClassification
 from diffclip_hf.data import load_image_label_dataset
-from diffclip_hf.data.label_names import label_numbers, match_labels, name_labels, read_label_names
+from diffclip_hf.data.label_names import label_numbers, match_labels, name_labels, own_labels, read_label_names
 from diffclip_hf.training import DiffCLIPTrainingArguments
 from diffclip_hf.training.options import DataArguments, ModelArguments
 from diffclip_hf.training.tasks import classification_parts
@@ -191,6 +191,16 @@ def test_columns_that_are_no_images_or_labels(tmp_path):
     pq.write_table(pa.table({"image": [encoded(picture(0))] * 2, "label": broken}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="Row 1 of the column label isn't UTF-8"):
         load_image_label_dataset(str(tmp_path / "b.parquet"))
+
+
+def test_indices_without_a_name_and_numbers_that_are_no_indices():
+    """What `datasets` would let through, as where a file's features are older than its rows."""
+    features = datasets.Features({"label": datasets.ClassLabel(names=["x", "y"])})
+    beyond = datasets.Dataset(pa.table({"label": [0, 5]}), info=datasets.DatasetInfo(features=features))
+    with pytest.raises(ValueError, match="The column cls has the index 5, and names for 2 labels"):
+        own_labels(beyond, "cls")
+    with pytest.raises(ValueError, match=r"The column cls is .*float64.*; labels must be ClassLabel or strings"):
+        own_labels(datasets.Dataset.from_dict({"label": [0.5]}), "cls")
 
 
 def labelled_folder(folder: Path, names: str) -> str:

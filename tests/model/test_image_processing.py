@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, pipeline
+from transformers.image_utils import SizeDict
 from transformers.utils import is_torchvision_available
 
 from diffclip_hf import (
@@ -443,3 +444,17 @@ def test_numbers_of_which_no_pixel_values_come_are_refused(backend, options, mes
         backend()(image, **options)
     with pytest.raises(ValueError, match=message):
         backend(**options)(image)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_crop_needs_both_sides(backend):
+    with pytest.raises(ValueError, match=r"crop_size is .*; it must have height and width"):
+        backend()(Image.fromarray(noise((9, 9))), crop_size={"shortest_edge": 5})
+
+
+def test_float_images_take_both_sides_of_a_size():
+    plane = np.array([[0.0, 0.25], [0.5, 1.0]], dtype=np.float32)
+    found = DiffCLIPImageProcessorPil().resize(plane[None], SizeDict(height=4, width=6), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(found[0], plane.repeat(2, axis=0).repeat(3, axis=1))
+    with pytest.raises(ValueError, match="it must have shortest_edge, or height and width"):
+        DiffCLIPImageProcessorPil().resize(plane[None], SizeDict(max_height=4, max_width=4))

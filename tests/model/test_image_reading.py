@@ -1,11 +1,13 @@
 import base64
 import contextlib
+import errno
 import http.server
 import io
 import os
 import struct
 import threading
 import time
+import urllib.parse
 import zipfile
 import zlib
 
@@ -392,6 +394,36 @@ def test_one_line_says_what_is_wrong(source, message):
 @pytest.mark.parametrize("path", ["nowhere.png", "NowhereButLettersThatBase64Has", os.curdir, "a photo of a dog"])
 def test_what_is_not_at_hand(path):
     assert not is_at_hand(path)
+
+
+def test_a_picture_that_cannot_be_read_is_at_hand():
+    """What is damaged is said when it's read, rather than that it isn't there."""
+    damaged = base64.b64encode(PICTURE[:-30]).decode()
+    assert is_at_hand(damaged)
+    with pytest.raises(ValueError, match="damaged"):
+        read_image(damaged)
+
+
+def test_a_data_url_without_base64():
+    np.testing.assert_array_equal(read_image("data:image/png," + urllib.parse.quote(PICTURE)), COLOURS)
+
+
+def test_files_that_give_nothing(tmp_path, monkeypatch):
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"The file '.*empty\.png' is empty"):
+        read_image(tmp_path / "empty.png")
+    closed = io.BytesIO(PICTURE)
+    closed.close()
+    with pytest.raises(ValueError, match=r"The file object can't be read: .*closed file"):
+        read_image(closed)
+    (tmp_path / "a.png").write_bytes(PICTURE)
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    with pytest.raises(ValueError, match=r"a\.png' can't be read: Input/output error\."):
+        read_encoded({"bytes": None, "path": str(tmp_path / "a.png")})
 
 
 @pytest.mark.parametrize(
