@@ -1,11 +1,16 @@
 """The web demo: what it computes, what it refuses, and the page in a real browser."""
 
+import asyncio
 import re
+import runpy
 import shutil
+import signal
 import struct
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,6 +233,88 @@ def test_a_model_that_lacks_a_part_is_refused_before_anything_is_served(tmp_path
         assert demo.main([name, *option]) == 1
         assert words in caplog.text
         assert not Path("space").exists()
+
+
+def test_the_command_runs_as_a_module_and_as_a_spaces_file(caplog, monkeypatch):
+    """Both stop at a model that is missing, and without Gradio at the extra that has it."""
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    ways = [lambda: runpy.run_module("diffclip_hf.demo", run_name="__main__")]
+    ways.append(lambda: runpy.run_path(demo.__file__, run_name="__main__"))
+    for run in ways:
+        caplog.clear()
+        with pytest.raises(SystemExit, match="1"):
+            run()
+        assert "MODEL is missing; name folders or ids on the Hub." in caplog.text
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="1"):
+        ways[1]()
+    assert "diffclip-hf[demo]" in caplog.text
+
+
+def test_a_page_that_is_told_to_end_leaves_no_pictures_behind(monkeypatch):
+    """The server's own doors are in test_demo_guard.py; here it isn't opened."""
+    before = signal.getsignal(signal.SIGTERM)
+    opened = []
+
+    def open_server(page, store, hosts, host, port):
+        opened.extend((store, sorted(path.name for path in (store / "examples").iterdir()), host, port))
+        (store / "upload.png").touch()
+
+    event = SimpleNamespace(wait=lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(demo, "open_server", open_server)
+    monkeypatch.setattr(demo, "threading", SimpleNamespace(Event=lambda: event))
+
+    # Outside of a loop Gradio makes loops of its own, and doesn't close them.
+    async def command() -> int:
+        return demo.main([MODEL, "--examples", str(PICTURES), "--host", "localhost", "--port", "7999"])
+
+    try:
+        assert asyncio.run(command()) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    store, examples, host, port = opened
+    assert examples[:2] == ["00-bicycle.png", "01-dog-face.png"]
+    assert (host, port) == ("localhost", 7999)
+    assert not store.exists()
+
+
+def test_what_the_pages_events_answer(tmp_path):
+    store = tmp_path.resolve()
+    for name in ("pizza", "rocket"):
+        shutil.copy(PICTURES / f"{name}.png", store)
+
+    async def build() -> Any:
+        return demo.build_page({"emoji": MODEL}, store, "cpu", [store / "rocket.png", store / "pizza.png"])
+
+    page = asyncio.run(build())
+    events = {event.fn.__name__: event.fn for event in page.fns.values() if event.fn is not None}
+    inputs = ({"path": str(store / "pizza.png")}, "rocket, pizza", "{}", "emoji")
+    result, bars, _, drawn = events["on_classify"](*inputs)
+    expected = classify(str(PICTURES / "pizza.png"), "rocket, pizza", "{}", MODEL)
+    assert bars["label"] == "pizza"
+    assert {bar["label"]: bar["confidence"] for bar in bars["confidences"]} == pytest.approx(expected.scores)
+    np.testing.assert_array_equal(drawn, draw_overlay(expected, "pizza"))
+
+    other = draw_overlay(expected, "rocket")
+    np.testing.assert_array_equal(events["on_choose"](result, "rocket"), other)
+    label, shown = events["on_bar"](result, SimpleNamespace(value="rocket"))
+    assert label == "rocket"
+    np.testing.assert_array_equal(shown, other)
+    assert events["on_choose"](result, "cat") is events["on_choose"](None, "rocket") is None
+
+    assert events["on_example"](1, " ") == (str(store / "pizza.png"), "rocket, pizza")
+    assert events["on_example"](1, "cat") == (str(store / "pizza.png"), "cat")
+
+    kept, gone = [demo.gr.skip()] * 4, {"value": None, "choices": []}
+    assert events["after_result"](result, *inputs) == events["on_change"](result, *inputs) == kept
+    assert events["on_change"](None, *inputs) == kept
+    for name in ("after_result", "on_change"):
+        first, second, labels, last = events[name](result, *inputs[:3], "another model")
+        assert (first, second, last) == (None, None, None)
+        assert {key: getattr(labels, key) for key in gone} == gone
+    with pytest.raises(demo.gr.Error, match="There is no model 'other'; choose one of emoji"):
+        events["on_classify"](*inputs[:3], "other")
 
 
 def test_what_a_model_knows(tmp_path):

@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,9 +231,75 @@ def test_which_hosts_are_right():
     assert host_names("0.0.0.0") is None
     assert host_names("a.example") is None
     assert host_names("0.0.0.0", ["Proxy.example"]) == names | {"0.0.0.0", "proxy.example"}
-    for name in ("https://proxy.example", "proxy.example:80", "proxy.example/", ""):
+    for name in ("https://proxy.example", "proxy.example:80", "proxy.example/", "[::1", ""):
         with pytest.raises(ValueError, match="is no host's name"):
             host_names("127.0.0.1", [name])
+
+
+def through_guard(scope: dict, received: list[dict], store: Path, hosts: frozenset[str] | None, app) -> list[dict]:
+    """What the guard sends, as ASGI, of what it receives."""
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return received.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": demo_guard.UPLOAD, "headers": [], **scope}
+    asyncio.run(demo_guard.Guard(app, store, hosts)(scope, receive, send))
+    return sent
+
+
+async def begin_answer(scope, receive, send) -> None:
+    """An app that answers before it reads."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await receive()
+
+
+def test_what_is_no_request(tmp_path):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["type"])
+
+    assert through_guard({"type": "websocket"}, [], tmp_path, None, app) == [{"type": "websocket.close", "code": 1008}]
+    assert through_guard({"type": "lifespan"}, [], tmp_path, None, app) == []
+    assert seen == ["lifespan"]
+
+
+@pytest.mark.parametrize(("hosts", "status"), [(None, 200), (frozenset({"localhost"}), 403)])
+def test_a_page_that_listens_everywhere_has_any_name(tmp_path, hosts, status):
+    scope = {"method": "GET", "path": "/", "headers": [(b"host", b"a.example")]}
+    sent = through_guard(scope, [{"type": "http.request"}], tmp_path, hosts, begin_answer)
+    assert sent[0]["status"] == status
+
+
+def test_a_client_that_goes_away_and_a_body_that_grows_too_late(tmp_path, monkeypatch):
+    call = {"path": "/gradio_api/queue/join"}
+    part = {"type": "http.request", "body": b'{"data', "more_body": True}
+    start, body = through_guard(call, [part, {"type": "http.disconnect"}], tmp_path, None, begin_answer)
+    assert (start["status"], body["body"]) == (400, b"The request's body ended too early.")
+    # A second answer can't follow the first.
+    monkeypatch.setattr(demo_guard, "MAX_UPLOAD_BODY", 5)
+    with pytest.raises(demo_guard._TooLargeError):
+        through_guard({}, [part], tmp_path, None, begin_answer)
+
+
+def test_the_store_is_swept_while_the_page_is_served(tmp_path, monkeypatch):
+    """By a clock two hours on, to which all files are old; what was there before the page stays."""
+    monkeypatch.setattr(demo_guard, "SWEEP_EVERY", 0.001)
+    monkeypatch.setattr(demo_guard, "time", SimpleNamespace(time=lambda: time.time() + 7200))
+    (tmp_path / "example.png").touch()
+
+    async def serve() -> None:
+        async with demo_guard.sweeping(tmp_path)(None):
+            (tmp_path / "upload.png").touch()
+            while (tmp_path / "upload.png").exists():
+                await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert [path.name for path in tmp_path.iterdir()] == ["example.png"]
 
 
 def test_bodies_have_a_size(client, store):

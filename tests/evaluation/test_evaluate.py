@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from diffclip_hf.data import ImageTextCollator, load_image_text_dataset
+from diffclip_hf.data.sources import load_own_labels
 from diffclip_hf.evaluate import main
 from diffclip_hf.evaluation.cache import EmbeddingCache
 from diffclip_hf.evaluation.datasets import load_captioned, load_labelled, load_pairs, with_names
@@ -279,6 +280,42 @@ def test_pairs_that_are_none(tmp_path):
         load_pairs(spec, "train")
 
 
+def test_pairs_of_rows_have_one_statement_each_and_may_have_no_pattern(tmp_path):
+    columns = {"image": image_column([picture(0), picture(1)]), "text": ["a", "b"]}
+    spec = DatasetSpec("rows", str(tmp_path / "rows"), caption_separator="\n")
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(spec.source)
+    found, patterns = load_pairs(spec, "test")
+    assert (found.captions, patterns) == (["a", "b"], ["all"])
+    columns["text"] = ["a", "b\nc"]
+    other = dataclasses.replace(spec, source=str(tmp_path / "other"))
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(other.source)
+    with pytest.raises(ValueError, match="row 1 of the split test has 2 statements, not one"):
+        load_pairs(other, "test")
+
+
+def test_pairs_and_names_of_the_hub(tmp_path, monkeypatch, labelled):
+    """What is fetched is what the description names, and is read as a folder is."""
+    folder = write_mmvp(tmp_path / "mmvp")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    fetched = []
+
+    def fetch(*args, repo_type):
+        fetched.append((*args, repo_type))
+        return str(folder if len(args) == 1 else tmp_path / "names.txt")
+
+    monkeypatch.setattr("diffclip_hf.evaluation.datasets.snapshot_download", fetch)
+    monkeypatch.setattr("diffclip_hf.evaluation.datasets.hf_hub_download", fetch)
+    own = load_own_labels(labelled, split="test", image_column=None, label_column=None)
+    monkeypatch.setattr("diffclip_hf.evaluation.datasets.load_own_labels", lambda source, **options: own)
+    assert load_pairs(DatasetSpec("m", "org/pairs"), "train")[1] == ["Texts", "Texts", "Quantity and Count"]
+    found = load_labelled(DatasetSpec("a", "org/animals", class_names_file="names.txt"), "test")
+    assert found.names == ["ant", "bee", "cat"]
+    assert fetched == [("org/pairs", "dataset"), ("org/animals", "names.txt", "dataset")]
+    (folder / "Questions.csv").write_bytes(b"Question ID,Type,Statement\n1,Texts,\xff\n")
+    with pytest.raises(ValueError, match=r"Questions\.csv can't be read: 'utf-8' codec"):
+        load_pairs(DatasetSpec("m", str(folder)), "train")
+
+
 # Data ---------------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +386,15 @@ def test_images_without_a_label_or_a_caption(tmp_path):
         load_labelled(DatasetSpec("rows", str(tmp_path / "rows")), "test")
     with pytest.raises(ValueError, match="row 1 of the split test has no caption"):
         load_captioned(DatasetSpec("rows", str(tmp_path / "rows")), "test")
+
+
+def test_rows_that_cannot_be_measured(tmp_path):
+    with pytest.raises(ValueError, match="tars is made of tar shards, which are for training"):
+        load_labelled(DatasetSpec("tars", str(tmp_path / "00000.tar")), "test")
+    columns = {"image": ["http://127.0.0.1:1/a.png"], "text": ["a"]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "far"))
+    with pytest.raises(ValueError, match=r"far: row 0 of the split test can't be read: .*refused"):
+        load_captioned(DatasetSpec("far", str(tmp_path / "far")), "test")
 
 
 def test_labels_numbered_differently_in_two_parts(tmp_path):
@@ -605,6 +651,19 @@ def test_the_table_by_hand():
         "| mean | each one's | | 37.5 |  | 35.0 |\n"
         "| mean | top-5 accuracy | | 75.0 |  |  |\n"
     ).replace("| |", "|  |")
+
+
+def test_deviations_and_patterns_in_the_table():
+    few = {"n": 75, "main": "accuracy", "deviation": 0.0625, "metrics": {"accuracy": 0.5, "other": 0.1}}
+    assert markdown_table("few-shot", "ours", [DatasetSpec("a", "x/a")], [few]).splitlines()[2:] == [
+        "| a | accuracy | 75 | 50.0 ± 6.2 |"
+    ]
+    pairs = {"n": 4, "main": "pair_accuracy", "metrics": {"pair_accuracy": 0.5}, "patterns": {"Texts": 0, "Count": 1}}
+    assert markdown_table("mmvp", "ours", [DatasetSpec("m", "x/m")], [pairs]).splitlines()[2:] == [
+        "| m | pairs, by text | 4 | 50.0 |",
+        "| Texts | pairs, by text |  | 0.0 |",
+        "| Count | pairs, by text |  | 100.0 |",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
 """Embeddings from the cache are those that would be computed now, whatever has changed since they were kept."""
 
+import hashlib
+import importlib
 import json
 import os
+import re
 import shutil
+import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -13,7 +18,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import randomised
+from tiny import randomised, tiny_config
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from training_samples import encoded, picture, tiny_pair_model, tiny_processor
@@ -22,7 +27,7 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil, logging
 from diffclip_hf.evaluation.cache import EmbeddingCache
 from diffclip_hf.evaluation.datasets import load_captioned, load_labelled, load_pairs
 from diffclip_hf.evaluation.encoder import Encoder
-from diffclip_hf.evaluation.keys import UnknownContentError, describe, tensor_digest
+from diffclip_hf.evaluation.keys import UnknownContentError, describe, describe_model, tensor_digest
 from diffclip_hf.evaluation.specs import DatasetSpec
 
 
@@ -193,6 +198,13 @@ def test_values_that_look_alike_are_told_apart():
         ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
         ([1, [2]], [[1], 2]),
         (float("nan"), float("inf")),
+        (b"a", b"b"),
+        (int, float),
+        (re.compile("a"), re.compile("a", re.IGNORECASE)),
+        (torch.relu, torch.tanh),
+        (json, os),
+        (partial(pictures, 1), partial(pictures, 2)),
+        (tiny_config(), tiny_config(projection_dim=16)),
     ]
     for first, second in pairs:
         assert describe(first) != describe(second)
@@ -211,6 +223,45 @@ def test_values_that_look_alike_are_told_apart():
     assert tensor_digest(TwoTensor(ones, ones)) != tensor_digest(TwoTensor(ones, twos))
     with pytest.raises(UnknownContentError):
         tensor_digest(torch.eye(2).to_sparse())
+
+
+def test_a_class_of_elsewhere_is_known_by_its_file(tmp_path, monkeypatch):
+    (tmp_path / "their_model.py").write_text("class Layer:\n    epsilon = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = describe(importlib.import_module("their_model").Layer)
+    monkeypatch.delitem(sys.modules, "their_model")
+    content = (tmp_path / "their_model.py").read_bytes()
+    assert found == ["class", f"their_model.Layer {hashlib.sha256(content).hexdigest()}"]
+    with pytest.raises(UnknownContentError, match=r"the class nowhere\.Layer has no file"):
+        describe(type("Layer", (), {"__module__": "nowhere"}))
+
+
+def test_settings_of_bitsandbytes_layers_change_with_use(tmp_path):
+    """And only theirs are passed over."""
+    for module, same in (("bitsandbytes.nn.modules", True), ("torch.nn.modules", False)):
+        layer = type("Linear8bitLt", (nn.Linear,), {"__module__": module})(2, 2)
+        model = randomised(tiny_pair_model())
+        model.head = layer
+        before = describe_model(model)
+        layer.threshold = 6.0
+        assert (describe_model(model) == before) is same
+
+
+def test_a_probe_needs_a_tower_under_its_usual_name():
+    model = randomised(tiny_pair_model())
+    model.visual = model.vision_model
+    del model.vision_model
+    encoder = Encoder(model, tiny_processor())
+    with pytest.raises(ValueError, match="The model is a DiffCLIPModel, which has no vision_model"):
+        encoder.image_embeds(pictures(0), "test", pooled=True)
+
+
+def test_a_picture_that_is_lost_is_named_by_its_row(tmp_path):
+    encoder = Encoder(randomised(tiny_pair_model()), tiny_processor(), cache=EmbeddingCache(tmp_path))
+    dataset = datasets.Dataset.from_dict({"image": [None]}, features=datasets.Features({"image": datasets.Image()}))
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    with pytest.raises(ValueError, match=r"Image 7 of the split test can't be read: There is no image"):
+        encoder.image_embeds(dataset, "test", rows=[7])
 
 
 # Data ---------------------------------------------------------------------------------------------------------------

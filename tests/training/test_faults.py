@@ -297,6 +297,10 @@ def test_another_runs_checkpoint_isnt_resumed(tmp_path, caplog):
     ):
         with pytest.raises(ValueError, match=words):
             trainer(tmp_path / "other", **changes, **again).train(resume_from_checkpoint=str(saved))
+    frozen = tiny_model()
+    frozen.logit_scale.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"is another run's: .*parameter group"):
+        trainer(tmp_path / "other", model=frozen, **again).train(resume_from_checkpoint=str(saved))
     (saved / "optimizer.pt").unlink()
     trainer(tmp_path / "other", **again).train(resume_from_checkpoint=str(saved))
     assert "has no optimizer's state, which starts anew" in caplog.text

@@ -32,6 +32,7 @@ from diffclip_hf import (
 from diffclip_hf.model.loss_diffclip import image_text_contrastive_loss
 from diffclip_hf.training import DiffCLIPTrainer, ZeroShotTask
 from diffclip_hf.training.gradient_cache import backward_in_chunks
+from diffclip_hf.training.weights import give_logit_scale_a_dimension, take_logit_scales_dimension
 
 
 TOLERANCE = 1e-6
@@ -447,6 +448,52 @@ def test_refused(tmp_path):
     stream.batch_size = 4
     with pytest.raises(ValueError, match="Stream has batch_size 4, and per_device_train_batch_size is 8"):
         trainer(tmp_path, train_dataset=stream).train()
+
+
+def test_data_that_is_missing_is_named(tmp_path):
+    run = trainer(tmp_path, train_dataset=None, eval_dataset=None)
+    with pytest.raises(ValueError, match="train_dataset is None; training needs one"):
+        run.get_train_dataloader()
+    with pytest.raises(ValueError, match="eval_dataset is None; evaluation needs one"):
+        run.evaluate()
+    run.train_dataset = Pairs(0)
+    with pytest.raises(ValueError, match="The training data has no rows"):
+        run.get_train_dataloader()
+    run.data_collator = run.eval_data_collator = lambda rows: {"pixel_values": collate(rows)["pixel_values"]}
+    with pytest.raises(ValueError, match="has images or texts alone; a contrastive model needs pairs of both"):
+        run.evaluate(Pairs(4))
+
+
+def test_a_model_that_is_made_late_is_trained_in_float32(tmp_path, caplog):
+    run = DiffCLIPTrainer(
+        None, arguments(tmp_path), model_init=lambda: tiny_model().half(), train_dataset=Pairs(), data_collator=collate
+    )
+    assert "The model's weights are float16; they're trained in float32" in caplog.text
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
+def test_a_plain_loader_gives_the_same_figures(tmp_path):
+    """As where somebody's own class makes the loader."""
+    run = trainer(tmp_path)
+    plain = DataLoader(Pairs(11), batch_size=4, collate_fn=collate)
+    found = run.evaluation_loop(plain, "Evaluation", metric_key_prefix="eval")
+    assert found.num_samples == 11
+    expected = run.evaluate()
+    for name in ("eval_text_to_image_recall@1", "eval_image_to_text_recall@5"):
+        assert found.metrics[name] == expected[name]
+
+
+def test_the_scale_has_a_dimension_under_fsdp_and_none_when_it_is_saved():
+    model = tiny_model()
+    value = model.logit_scale.item()
+    model.logit_scale.requires_grad_(False)
+    give_logit_scale_a_dimension(model)
+    assert (model.logit_scale.tolist(), model.logit_scale.requires_grad) == ([value], False)
+    saved = take_logit_scales_dimension(model.state_dict())
+    assert saved["logit_scale"].shape == ()
+    assert {name: tensor.shape for name, tensor in saved.items()} == {
+        name: tensor.shape for name, tensor in tiny_model().state_dict().items()
+    }
 
 
 def test_noise_of_neftune_has_its_effect(tmp_path):
