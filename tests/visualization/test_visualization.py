@@ -605,4 +605,4 @@ def test_clip_and_diffclip_trained_beside_each_other_find_it_too():
             assert all(figure["low"] > 0.5 for figure in found)
             means = [100 * figure["mean"] for figure in found]
             ranges.append(f"{min(means):.1f} to {max(means):.1f}")
-        assert " and ".join(ranges) in guide
+        assert f"| {' | '.join(ranges)} |" in guide
