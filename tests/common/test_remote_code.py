@@ -77,3 +77,15 @@ def test_other_weights_do_not_leave(folder):
         files_to_share(folder)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         files_to_share(folder / "nowhere")
+
+
+def test_what_is_no_models_folder_gets_no_code(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; save a model there first"):
+        add_remote_code(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match=r"model_type in .*config\.json is 'clip'; it must be one of"):
+        add_remote_code(tmp_path)
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ValueError, match=r"config\.json isn't JSON: .*utf-8"):
+        add_remote_code(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -187,3 +187,13 @@ def test_a_tilde_is_the_home_folder(elsewhere, monkeypatch):
     write_text_whole(Path("~/file"), "c")
     assert [(elsewhere / "home" / name).read_text() for name in ("out/a", "file")] == ["b", "c"]
     assert not list(Path().iterdir())
+
+
+def test_a_mount_point_is_found_where_it_shows(elsewhere, monkeypatch):
+    (elsewhere / "mounted").mkdir()
+    (elsewhere / "mounted.json").touch()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).stem == "mounted")
+    with pytest.raises(OSError, match="mounted is a mount point, which can't be replaced; name a new folder in it"):
+        whole_files.check_output_folder(elsewhere / "mounted")
+    with pytest.raises(OSError, match=r"mounted\.json is a mount point, which can't be replaced; name another"):
+        whole_files.check_output_file(elsewhere / "mounted.json")

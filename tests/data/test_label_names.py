@@ -82,6 +82,7 @@ def test_labels_without_numbers_or_with_too_many():
     assert label_numbers([]) is None
     assert label_numbers(["a1", "b2"]) is None
     assert label_numbers(["1", "01"]) is None
+    assert label_numbers(["class_1", "class_2_of_3"]) is None
     assert label_numbers(["9" * 30, "1"]) is None
     assert named(["a²", "b³"], ["x", "y"]) == {"a²": "x", "b³": "y"}
     assert match_labels(["b", "a"], ["a", "b", "c"], "eval", "train") == [1, 0]

@@ -388,6 +388,15 @@ def test_images_without_a_label_or_a_caption(tmp_path):
         load_captioned(DatasetSpec("rows", str(tmp_path / "rows")), "test")
 
 
+def test_names_that_are_alike_and_a_single_class(tmp_path, labelled, caplog):
+    spec = DatasetSpec("animals", labelled, class_names=("ant", "ant", "bee"))
+    assert RUN_TASK["zero-shot"](Encoder(*diffclip()), spec, TaskOptions())["metrics"]["top5_accuracy"] == 1
+    assert "animals: 1 labels have a name that another has too" in caplog.text
+    one = save_labelled(tmp_path / "one", ["p"], train=labelled_images(2, 1, classes=1))
+    with pytest.raises(ValueError, match="one: the split train has 1 class; there must be at least 2"):
+        RUN_TASK["few-shot"](Encoder(*diffclip()), DatasetSpec("one", one), TaskOptions())
+
+
 def test_rows_that_cannot_be_measured(tmp_path):
     with pytest.raises(ValueError, match="tars is made of tar shards, which are for training"):
         load_labelled(DatasetSpec("tars", str(tmp_path / "00000.tar")), "test")

@@ -402,6 +402,8 @@ def test_a_picture_that_cannot_be_read_is_at_hand():
     assert is_at_hand(damaged)
     with pytest.raises(ValueError, match="damaged"):
         read_image(damaged)
+    # Too long for a file's name.
+    assert is_at_hand("A" * 400)
 
 
 def test_a_data_url_without_base64():
