@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,29 +169,33 @@ def card_summary(folder: Path, most: int = 500) -> str:
     return plain if len(plain) <= most else f"{plain[:most].rsplit(' ', 1)[0]} …"
 
 
-def build_page(
-    models: Mapping[str, str], store: Path, device: str | torch.device = "cpu", examples: Sequence[Path] = ()
-) -> gr.Blocks:
-    """Return the page.
+@dataclass(frozen=True)
+class PageEvents:
+    """What the page's events do.
 
     Args:
         models: What each model is called on the page → its folder or its id on the Hub.
-        store: The folder that `private_store` gives, in whose context this is called.
+        store: The folder that `private_store` gives.
         device: Where the models run.
         examples: Pictures to choose from, in the store.
     """
 
-    def on_classify(upload, labels, template, shown):
+    models: Mapping[str, str]
+    store: Path
+    device: str | torch.device
+    examples: Sequence[Path]
+
+    def on_classify(self, upload, labels, template, shown):
         inputs = (upload, labels, template, shown)
         try:
-            path = None if upload is None else str(uploaded_file(dict(upload).get("path"), store))
+            path = None if upload is None else str(uploaded_file(dict(upload).get("path"), self.store))
             if not all(isinstance(text, str) for text in (labels or "", template or "", shown)):
                 raise ValueError("Labels, template and model must be texts.")
-            if shown not in models:
-                raise ValueError(f"There is no model {shown!r:.200}; choose one of {', '.join(models)}.")
-            classified = classify(path, labels or "", template, models[shown], device)
+            if shown not in self.models:
+                raise ValueError(f"There is no model {shown!r:.200}; choose one of {', '.join(self.models)}.")
+            classified = classify(path, labels or "", template, self.models[shown], self.device)
             best = next(iter(classified.scores))
-            drawn = draw_overlay(classified, best, device)
+            drawn = draw_overlay(classified, best, self.device)
         except (ValueError, TypeError, OSError) as error:
             # Gradio shows HTML.
             text = html.escape(str(error), quote=False)
@@ -202,122 +207,166 @@ def build_page(
         bars = {"label": best, "confidences": shares}
         return (inputs, classified), bars, gr.Dropdown(list(classified.scores), value=best), drawn
 
-    def on_choose(result, label):
+    def on_choose(self, result, label):
         known = result and isinstance(label, str) and label in result[1].scores
-        return draw_overlay(result[1], label, device) if known else None
+        return draw_overlay(result[1], label, self.device) if known else None
 
-    def on_bar(result, selected: gr.SelectData):
-        return selected.value, on_choose(result, selected.value)
+    def on_bar(self, result, selected: gr.SelectData):
+        return selected.value, self.on_choose(result, selected.value)
 
-    def on_example(number, labels):
-        if not isinstance(number, int) or not 0 <= number < len(examples):
+    def on_example(self, number, labels):
+        if not isinstance(number, int) or not 0 <= number < len(self.examples):
             raise gr.Error("There is no such example.", print_exception=False)
         # Labels that somebody wrote stay.
         written = isinstance(labels, str) and labels.strip()
-        return str(examples[number]), labels if written else ", ".join(map(example_label, examples))
+        return str(self.examples[number]), labels if written else ", ".join(map(example_label, self.examples))
 
-    def after_result(result, *inputs):
+    def after_result(self, result, *inputs):
         if result and result[0] == inputs:
             return [gr.skip()] * 4
         return None, None, gr.Dropdown([], value=None), None
 
-    def on_change(result, *inputs):
+    def on_change(self, result, *inputs):
         # Without a result there's nothing to take away, and one may be under way.
-        return after_result(result, *inputs) if result else [gr.skip()] * 4
+        return self.after_result(result, *inputs) if result else [gr.skip()] * 4
 
+
+def _question_fields(models: Mapping[str, str], examples: Sequence[Path]) -> dict[str, Any]:
+    """Lay out the column of what a person gives, and return its fields by name; `offered` is None without examples."""
+    picture = gr.Image(
+        label=f"Picture, up to {MAX_MEGABYTES} MB",
+        sources=["upload", "clipboard"],
+        height=260,
+        elem_id="picture",
+    )
+    labels = gr.Textbox(
+        label="Labels",
+        info=f"Separated by commas or lines, up to {MAX_LABELS}.",
+        placeholder="pizza, rocket, dog face",
+        lines=2,
+        elem_id="labels",
+    )
+    template = gr.Dropdown(
+        list(TEMPLATES),
+        value=TEMPLATES[0],
+        allow_custom_value=True,
+        label="Template",
+        info=TEMPLATE_INFO,
+        elem_id="template",
+    )
+    model = gr.Dropdown(list(models), label="Model", elem_id="model")
+    gr.HTML(describe(models), elem_id="about")
+    run = gr.Button("Classify", variant="primary", elem_id="classify")
+    offered = None
+    if examples:
+        # Not Gradio's own `Examples`, whose clicks pass the queue by.
+        offered = gr.Dataset(
+            label="Examples: choose one, and it is classified",
+            components=[picture],
+            samples=[[str(path)] for path in examples],
+            type="index",
+            elem_id="examples",
+        )
+    return {
+        "picture": picture,
+        "labels": labels,
+        "template": template,
+        "model": model,
+        "run": run,
+        "offered": offered,
+    }
+
+
+def _answer_fields() -> dict[str, Any]:
+    """Lay out the column of what a person gets, and return its fields by name."""
+    bars = gr.HTML(
+        label="Scores",
+        html_template="<div class='bars'></div>",
+        js_on_load=BARS,
+        most=SHOWN_BARS,
+        show_label=True,
+        container=True,
+        padding=True,
+        elem_id="scores",
+    )
+    chosen = gr.Dropdown([], label="Where the model looks for this label", interactive=True, elem_id="chosen")
+    drawn = gr.Image(
+        label="Relevance",
+        format="png",
+        height=420,
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id="overlay",
+    )
+    gr.Markdown(LEGEND)
+    return {"bars": bars, "chosen": chosen, "drawn": drawn}
+
+
+def _connect(events: PageEvents, asked_by: Mapping[str, Any], shown_by: Mapping[str, Any]) -> None:
+    """Say what happens when a person does something."""
+    picture, labels, template, model = (asked_by[name] for name in ("picture", "labels", "template", "model"))
+    run, offered = asked_by["run"], asked_by["offered"]
+    bars, chosen, drawn = shown_by["bars"], shown_by["chosen"], shown_by["drawn"]
+    # What was classified, and the result; of the session, on the server.
+    state = gr.State(time_to_live=MAX_AGE)
+    inputs, outputs = [picture, labels, template, model], [state, bars, chosen, drawn]
+    # One at a time, for a model is loaded once and takes all cores.
+    slow: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+    # Beside those, yet in the queue too: there is no other way in.
+    quick: dict[str, Any] = {
+        "concurrency_id": "quick",
+        "concurrency_limit": 8,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
+    answer: dict[str, Any] = {
+        "fn": events.on_classify,
+        "inputs": inputs,
+        "outputs": outputs,
+        "preprocess": False,
+        **slow,
+    }
+    done = [run.click(**answer, js=CLOSE_MESSAGES, api_name="classify")]
+    if offered is not None:
+        example = offered.click(events.on_example, [offered, labels], [picture, labels], js=CLOSE_MESSAGES, **quick)
+        done.append(example.success(**answer, api_visibility="private"))
+    asked = [
+        *done,
+        chosen.input(events.on_choose, [state, chosen], drawn, trigger_mode="always_last", api_name="overlay", **slow),
+        bars.select(events.on_bar, state, [chosen, drawn], api_visibility="private", **slow),
+    ]
+    # A result of other inputs than those beside it goes, whether they change after it came or before.
+    for event in asked:
+        event.then(events.after_result, [state, *inputs], outputs, preprocess=False, **quick)
+    changes = [picture.change, labels.change, template.change, model.change]
+    gr.on(changes, events.on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
+    for event in done:
+        event.success(None, js=SHOW_RESULTS)
+    # Of what a person does alone: `change` comes after an answer too.
+    edits = [picture.upload, picture.clear, labels.input, template.input, model.input]
+    gr.on(edits, None, js=CLOSE_MESSAGES)
+
+
+def build_page(
+    models: Mapping[str, str], store: Path, device: str | torch.device = "cpu", examples: Sequence[Path] = ()
+) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        models: What each model is called on the page → its folder or its id on the Hub.
+        store: The folder that `private_store` gives, in whose context this is called.
+        device: Where the models run.
+        examples: Pictures to choose from, in the store.
+    """
     with gr.Blocks(title="DiffCLIP", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
-                    label=f"Picture, up to {MAX_MEGABYTES} MB",
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    elem_id="picture",
-                )
-                labels = gr.Textbox(
-                    label="Labels",
-                    info=f"Separated by commas or lines, up to {MAX_LABELS}.",
-                    placeholder="pizza, rocket, dog face",
-                    lines=2,
-                    elem_id="labels",
-                )
-                template = gr.Dropdown(
-                    list(TEMPLATES),
-                    value=TEMPLATES[0],
-                    allow_custom_value=True,
-                    label="Template",
-                    info=TEMPLATE_INFO,
-                    elem_id="template",
-                )
-                model = gr.Dropdown(list(models), label="Model", elem_id="model")
-                gr.HTML(describe(models), elem_id="about")
-                run = gr.Button("Classify", variant="primary", elem_id="classify")
-                if examples:
-                    # Not Gradio's own `Examples`, whose clicks pass the queue by.
-                    offered = gr.Dataset(
-                        label="Examples: choose one, and it is classified",
-                        components=[picture],
-                        samples=[[str(path)] for path in examples],
-                        type="index",
-                        elem_id="examples",
-                    )
+                asked_by = _question_fields(models, examples)
             with gr.Column():
-                bars = gr.HTML(
-                    label="Scores",
-                    html_template="<div class='bars'></div>",
-                    js_on_load=BARS,
-                    most=SHOWN_BARS,
-                    show_label=True,
-                    container=True,
-                    padding=True,
-                    elem_id="scores",
-                )
-                chosen = gr.Dropdown(
-                    [], label="Where the model looks for this label", interactive=True, elem_id="chosen"
-                )
-                drawn = gr.Image(
-                    label="Relevance",
-                    format="png",
-                    height=420,
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    elem_id="overlay",
-                )
-                gr.Markdown(LEGEND)
-        # What was classified, and the result; of the session, on the server.
-        state = gr.State(time_to_live=MAX_AGE)
-        inputs, outputs = [picture, labels, template, model], [state, bars, chosen, drawn]
-        # One at a time, for a model is loaded once and takes all cores.
-        slow: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-        # Beside those, yet in the queue too: there is no other way in.
-        quick: dict[str, Any] = {
-            "concurrency_id": "quick",
-            "concurrency_limit": 8,
-            "show_progress": "hidden",
-            "api_visibility": "private",
-        }
-        # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
-        answer: dict[str, Any] = {"fn": on_classify, "inputs": inputs, "outputs": outputs, "preprocess": False, **slow}
-        done = [run.click(**answer, js=CLOSE_MESSAGES, api_name="classify")]
-        if examples:
-            example = offered.click(on_example, [offered, labels], [picture, labels], js=CLOSE_MESSAGES, **quick)
-            done.append(example.success(**answer, api_visibility="private"))
-        asked = [
-            *done,
-            chosen.input(on_choose, [state, chosen], drawn, trigger_mode="always_last", api_name="overlay", **slow),
-            bars.select(on_bar, state, [chosen, drawn], api_visibility="private", **slow),
-        ]
-        # A result of other inputs than those beside it goes, whether they change after it came or before.
-        for event in asked:
-            event.then(after_result, [state, *inputs], outputs, preprocess=False, **quick)
-        changes = [picture.change, labels.change, template.change, model.change]
-        gr.on(changes, on_change, [state, *inputs], outputs, preprocess=False, trigger_mode="always_last", **quick)
-        for event in done:
-            event.success(None, js=SHOW_RESULTS)
-        # Of what a person does alone: `change` comes after an answer too.
-        edits = [picture.upload, picture.clear, labels.input, template.input, model.input]
-        gr.on(edits, None, js=CLOSE_MESSAGES)
+                shown_by = _answer_fields()
+        _connect(PageEvents(models, store, device, examples), asked_by, shown_by)
     return page
 
 
