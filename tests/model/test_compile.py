@@ -100,6 +100,8 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("attention_type", ["differential", "standard"])
 @pytest.mark.slow  # Compiles C++ for flex attention: half a minute
+# What Transformers passes to make its mask.
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 def test_flex_attention_equals_eager(attention_type):
     """Forward: PyTorch's flex attention has no backward pass on the CPU."""
     model = both(attention_type, attn_implementation="flex_attention")
