@@ -3,9 +3,9 @@
 # What they cost, on two cores:
 #   make demo    installs torch and Transformers; then 15 seconds
 #   make docs    installs the documentation's tools besides; then half a minute
-#   make test    installs everything for development; then some 10 minutes
-# PyTorch is the largest part: for Linux, PyPI's brings CUDA, 3 GB to download and 6 GB on the disk. The build for the
-# CPU is much smaller: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#   make test    installs everything for development; then 6 to 10 minutes
+# PyTorch is the largest part: for Linux, the usual build brings CUDA, 3 GB to download and 6 GB on the disk. Its start page
+# says how to install the build for the CPU, which is much smaller.
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
