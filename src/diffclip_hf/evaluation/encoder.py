@@ -17,14 +17,7 @@ from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
 from ..zero_shot import BATCH_SIZE, CPU_BATCH_SIZE
 from .cache import EmbeddingCache
-from .keys import (
-    UnknownContentError,
-    describe,
-    describe_model,
-    describe_run,
-    image_digest,
-    model_fingerprint,
-)
+from .keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
 
 
 if TYPE_CHECKING:
@@ -182,13 +175,7 @@ class Encoder:
         if self.cache.folder is None:
             return None
         try:
-            return {
-                "weights": model_fingerprint(self.model),
-                "model": describe_model(self.model),
-                "dtype": str(self.model.dtype),
-                "run": describe_run(execution_device(self.model)),
-                **{name: describe(part) for name, part in parts.items()},
-            }
+            return embedding_key(self.model, **parts)
         except UnknownContentError as error:
             logger.warning_once(f"Embeddings aren't kept, for it can't be known what they depend on: {error}.")
             return None

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.hub_cache_diffclip import sha256_of
 from ..model.image_reading_diffclip import read_encoded
+from ..model.offloading_diffclip import execution_device
 
 
 # What a configuration says of where it comes from rather than of what is computed; weights have a dtype of their own.
@@ -282,6 +283,25 @@ def describe_run(device: torch.device) -> dict[str, Any]:
     }
 
 
+def embedding_key(model: PreTrainedModel, **parts: Any) -> dict[str, Any]:
+    """Return all that a model's embeddings depend on, as JSON: the model as it is now, how it runs, and `parts`.
+
+    Args:
+        model: Any of Transformers'.
+        parts: What goes into it and how, such as tokens, or an image processor.
+
+    Raises:
+        UnknownContentError: Something can't be known by its content, so that nothing should be kept.
+    """
+    return {
+        "weights": model_fingerprint(model),
+        "model": describe_model(model),
+        "dtype": str(model.dtype),
+        "run": describe_run(execution_device(model)),
+        **{name: describe(part) for name, part in parts.items()},
+    }
+
+
 def image_digest(image: Mapping[str, Any] | None) -> bytes:
     """Return the SHA-256 of a picture's file, as `datasets` holds it undecoded.
 
@@ -296,6 +316,7 @@ __all__ = [
     "describe",
     "describe_model",
     "describe_run",
+    "embedding_key",
     "fingerprint",
     "image_digest",
     "model_fingerprint",
