@@ -209,7 +209,7 @@ class DiffCLIPTextConfig(_Tower, PreTrainedConfig):
 class DiffCLIPVisionConfig(_Tower, PreTrainedConfig):
     """Configuration of DiffCLIP's image tower; the defaults are the released ViT-B/16 model's.
 
-    The fields are those of `CLIPVisionConfig`, and four more.
+    The fields are those of `CLIPVisionConfig`, and six more.
 
     Args:
         image_size: Side of the square input, in pixels.
@@ -221,6 +221,8 @@ class DiffCLIPVisionConfig(_Tower, PreTrainedConfig):
             model and is not among the weights.
         lambda_init_std: Standard deviation with which the four λ vectors of a layer start.
         diff_norm_eps: Epsilon of the RMSNorm on each head pair.
+        pre_layernorm: Whether a LayerNorm stands before the first block, as in OpenAI's CLIP.
+        patch_bias: Whether the convolution of the patches has a bias; OpenAI's CLIP has none.
 
     Raises:
         ValueError: A field has a value outside what is allowed; the message names all three.
@@ -248,6 +250,8 @@ class DiffCLIPVisionConfig(_Tower, PreTrainedConfig):
     lambda_init: float | int | str | list[float | int] | tuple[float | int, ...] = 0.8
     lambda_init_std: float | int = 0.1
     diff_norm_eps: float | int = 1e-5
+    pre_layernorm: bool = False
+    patch_bias: bool = True
 
     def validate_architecture(self):
         """Raise a ValueError for a field whose value is not allowed; `strict` calls it too."""

@@ -23,7 +23,7 @@ from .precision_diffclip import at_least_float32
 
 
 class DiffCLIPVisionEmbeddings(nn.Module):
-    """Patches, the class token and learned positions; the patch convolution has a bias, unlike CLIP's."""
+    """Patches, the class token and learned positions."""
 
     def __init__(self, config: DiffCLIPVisionConfig):
         super().__init__()
@@ -34,7 +34,11 @@ class DiffCLIPVisionEmbeddings(nn.Module):
 
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
         )
         self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
 

@@ -49,6 +49,8 @@ def check_config(config: DiffCLIPConfig) -> None:
         (text, "layer_norm_eps", 1e-5),
         (vision, "diff_norm_eps", 1e-5),
         (text, "diff_norm_eps", 1e-5),
+        (vision, "pre_layernorm", False),
+        (vision, "patch_bias", True),
         # The original pools at the largest id of a text.
         (text, "eos_token_id", text.vocab_size - 1),
     ]

@@ -238,6 +238,9 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
     def __init__(self, config: DiffCLIPVisionConfig):
         super().__init__(self._checked(config))
         self.embeddings = DiffCLIPVisionEmbeddings(config)
+        # CODEPATH: OpenAI's CLIP and its kin have this norm; the paper's models, CLIP too, are SLIP's, and have none.
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.pre_layernorm = nn.LayerNorm(width, eps=eps) if config.pre_layernorm else nn.Identity()
         self.encoder = DiffCLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -272,6 +275,7 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
         implementation = call_implementation(self.config, pixel_values, kwargs)
         is_causal = take_is_causal(self.config, kwargs, default=False)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.pre_layernorm(hidden_states)
         mask = attention_mask_of(hidden_states, None, implementation, is_causal) if is_causal else None
         hidden_states = self.encoder(
             hidden_states, mask, attn_implementation=implementation, is_causal=is_causal, **kwargs
