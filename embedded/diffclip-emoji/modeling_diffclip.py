@@ -238,8 +238,8 @@ class DiffCLIPVisionModel(DiffCLIPPreTrainedModel):
     def __init__(self, config: DiffCLIPVisionConfig):
         super().__init__(self._checked(config))
         self.embeddings = DiffCLIPVisionEmbeddings(config)
-        # CODEPATH: OpenAI's CLIP and its kin have this norm; the paper's models, CLIP too, are SLIP's, and have none.
         width, eps = config.hidden_size, config.layer_norm_eps
+        # CODEPATH: OpenAI's CLIP and its kin have this norm; the paper's models, CLIP too, are SLIP's, and have none.
         self.pre_layernorm = nn.LayerNorm(width, eps=eps) if config.pre_layernorm else nn.Identity()
         self.encoder = DiffCLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
