@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "diffclip_hf"
 # Room, or file of the root → the rooms and root files that it may import; `docs/architecture.md` draws them.
 ARROWS = {
     "model": set(),
-    "common": set(),
+    "common": {"model"},
     "data": {"common", "model"},
     "version": set(),
     "zero_shot_templates": set(),

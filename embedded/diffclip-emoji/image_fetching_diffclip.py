@@ -14,9 +14,10 @@ from typing import Any
 URL_SECONDS, URL_MEGABYTES, URL_REDIRECTS = 30, 50, 5
 
 
-def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line and not too long."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+def one_line(error: BaseException, longest: int = 1000) -> str:
+    """Return an error's message in one line, of at most so many characters; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _read_within(response: Any, deadline: float) -> bytes:
@@ -112,7 +113,7 @@ def fetch_url(url: str) -> bytes:
 
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", error)
-    return f"it took longer than {URL_SECONDS} seconds" if isinstance(reason, TimeoutError) else one_line(reason)
+    return f"it took longer than {URL_SECONDS} seconds" if isinstance(reason, TimeoutError) else one_line(reason, 300)
 
 
 def is_url(text: str) -> bool:

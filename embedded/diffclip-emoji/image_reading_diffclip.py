@@ -248,7 +248,7 @@ def _open_encoded(encoded: str | bytes, name: str) -> Image.Image:
         if (image := _open_bare(encoded)) is not None:
             return image
         if not isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"{name} can't be read: {one_line(error)}") from error
+            raise ValueError(f"{name} can't be read: {one_line(error, 300)}") from error
         raise ValueError(
             f"{name} isn't a picture of a format that is read, such as JPEG, PNG, WebP, GIF, BMP or TIFF."
         ) from error
@@ -370,7 +370,7 @@ def _read_whole(file: Any) -> bytes:
             file.seek(0)
         data = file.read()
     except Exception as error:
-        raise ValueError(f"The file object can't be read: {one_line(error)}") from error
+        raise ValueError(f"The file object can't be read: {one_line(error, 300)}") from error
     if not isinstance(data, bytes):
         raise ValueError(f"The file object gives a {type(data).__name__}; it must be opened as binary, by mode 'rb'.")
     return data
@@ -437,7 +437,7 @@ def read_image(source: Any) -> Image.Image:
             raise
         # Of a damaged file Pillow and its plug-ins raise nearly anything.
         except Exception as error:
-            raise ValueError(f"The picture is damaged: {one_line(error)}") from error
+            raise ValueError(f"The picture is damaged: {one_line(error, 300)}") from error
 
 
 __all__ = ["check_size", "is_at_hand", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]

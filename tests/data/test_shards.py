@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from training_samples import encoded, picture, sample, tiny_processor, write_shards, write_tar
 
 from diffclip_hf.data import ImageTextCollator, ImageTextShards
-from diffclip_hf.data.shards import expand_braces, find_shards
+from diffclip_hf.data.shard_files import expand_braces, find_shards
 
 
 pytestmark = pytest.mark.usefixtures("propagate_logs")

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from ..model.image_fetching_diffclip import one_line
+
 
 logger = logging.getLogger(__name__)
 # What a wrong option, file, network or machine leads to; anything else is a fault, and keeps its traceback.
@@ -26,12 +28,6 @@ EXPECTED = (
     SafetensorError,
     torch.OutOfMemoryError,
 )
-
-
-def one_line(error: BaseException, longest: int = 1000) -> str:
-    """Return an error's message in one line, of at most so many characters; its type where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def first_line(error: BaseException) -> str:
@@ -127,7 +123,6 @@ __all__ = [
     "closest",
     "first_line",
     "missing_extra",
-    "one_line",
     "require_extra",
     "run_command",
     "started_as",

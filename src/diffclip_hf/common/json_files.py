@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .commands import one_line
+from ..model.image_fetching_diffclip import one_line
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from .commands import closest, first_line, one_line, require_extra
+from ..model.image_fetching_diffclip import one_line
+from .commands import closest, first_line, require_extra
 from .json_files import read_json_object
 
 

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from .commands import closest, one_line
+from ..model.image_fetching_diffclip import one_line
+from .commands import closest
 from .json_files import parse_json_object
 
 

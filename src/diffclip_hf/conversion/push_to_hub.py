@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, DiffCLIPProcessor, add_remote_code
 
-from ..common.commands import CommandParser, one_line, run_command, started_as
+from ..common.commands import CommandParser, run_command, started_as
 from ..common.json_files import json_text, read_json_object
 from ..common.loading import load_config, load_processor
 from ..common.remote_code import CODE_FILES, WEIGHTS, files_to_share
 from ..model.hub_cache_diffclip import sha256_of
+from ..model.image_fetching_diffclip import one_line
 from .convert_original_checkpoint import REPORT_FILE
 from .convert_to_original import check_layers
 from .model_card import Card, render_card

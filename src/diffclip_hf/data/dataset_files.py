@@ -11,7 +11,7 @@ from typing import Any
 
 from ..model.hub_cache_diffclip import sha256_of
 from ..model.image_reading_diffclip import RASTER_FORMATS
-from .shards import expand_braces
+from .shard_files import expand_braces
 
 
 # PyArrow itself takes some 60 levels of columns.

@@ -12,7 +12,8 @@ from ..common.commands import require_extra
 from ..common.loading import find_source
 from .dataset_files import check_depth, check_numbering, content_cache, local_files, named_files
 from .label_names import check_texts, name_labels, own_labels, renumbered, wrong_labels
-from .shards import ImageTextShards, expand_braces, names_shards
+from .shard_files import expand_braces, names_shards
+from .shards import ImageTextShards
 
 
 if TYPE_CHECKING:
@@ -105,6 +106,16 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         raise ValueError(f"{source} can't be read: {type(reason).__name__}: {reason}") from error
 
 
+def _check_captions(dataset: Any, column: str, read: bool) -> None:
+    """Raise a ValueError if captions, whose source calls them `column`, aren't texts; `read` looks at each."""
+    feature = dataset.features["caption"]
+    text = getattr(feature, "feature", feature)
+    if getattr(text, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The column {column} is {feature}; captions must be strings or lists of strings.")
+    if read:
+        check_texts(dataset, "caption")
+
+
 def load_image_text_dataset(
     source: str,
     *,
@@ -159,12 +170,7 @@ def load_image_text_dataset(
 
     dataset = _load(source, split, load_options)
     dataset, column = _two_columns(dataset, image_column, "caption", CAPTION_COLUMNS, caption_column)
-    feature = dataset.features["caption"]
-    text = getattr(feature, "feature", feature)
-    if getattr(text, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"The column {column} is {feature}; captions must be strings or lists of strings.")
-    if not load_options.get("streaming"):
-        check_texts(dataset, "caption")
+    _check_captions(dataset, column, read=not load_options.get("streaming"))
     return dataset
 
 

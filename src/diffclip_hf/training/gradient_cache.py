@@ -47,6 +47,20 @@ class _RandomState:
         set_device_states(self.devices, self.states, device_type=self.device_type)
 
 
+def _encode(
+    model: torch.nn.Module, chunks: list[dict[str, Any]]
+) -> tuple[list[_RandomState], torch.Tensor, torch.Tensor]:
+    """Return the generators' state before each chunk, and the embeddings of all, made without gradients."""
+    states, text_embeds, image_embeds = [], [], []
+    for chunk in chunks:
+        states.append(_RandomState(chunk["pixel_values"]))
+        with torch.no_grad():
+            outputs = model(**chunk)
+        text_embeds.append(outputs.text_embeds)
+        image_embeds.append(outputs.image_embeds)
+    return states, torch.cat(text_embeds), torch.cat(image_embeds)
+
+
 def backward_in_chunks(
     model: torch.nn.Module,
     logit_scale: Callable[[], torch.Tensor],
@@ -85,34 +99,26 @@ def backward_in_chunks(
     Raises:
         ValueError: The numbers of texts and images differ.
     """
-    inputs = {**inputs, "return_loss": False, "return_dict": True}
-    chunks = _split(inputs, _number_of_chunks(inputs["input_ids"], chunk_size))
-    states, text_embeds, image_embeds = [], [], []
-    for chunk in chunks:
-        states.append(_RandomState(chunk["pixel_values"]))
-        with torch.no_grad():
-            outputs = model(**chunk)
-        text_embeds.append(outputs.text_embeds)
-        image_embeds.append(outputs.image_embeds)
-
-    leaves = [torch.cat(text_embeds), torch.cat(image_embeds), logit_scale().detach().clone()]
+    count = _number_of_chunks(inputs["input_ids"], chunk_size)
+    chunks = _split({**inputs, "return_loss": False, "return_dict": True}, count)
+    states, text_embeds, image_embeds = _encode(model, chunks)
+    leaves = [text_embeds, image_embeds, logit_scale().detach().clone()]
     for leaf in leaves:
         leaf.requires_grad_()
     loss = image_text_contrastive_loss(*leaves) / divisor
     text_gradient, image_gradient, scale_gradient = torch.autograd.grad(loss, leaves)
-    text_gradients = text_gradient.tensor_split(len(chunks))
-    image_gradients = image_gradient.tensor_split(len(chunks))
+    gradients = zip(text_gradient.tensor_split(count), image_gradient.tensor_split(count), strict=True)
 
-    for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-        last = synchronise and index == len(chunks) - 1
+    for index, (chunk, state, (text_part, image_part)) in enumerate(zip(chunks, states, gradients, strict=True)):
+        last = synchronise and index == count - 1
         state.restore()
         with nullcontext() if last else no_sync():
             outputs = model(**chunk)
             # Its gradient is the cached one. The scale's has a part in each chunk, so that every parameter has one,
             # which DDP waits for.
             backward(
-                (outputs.text_embeds * text_gradients[index]).sum()
-                + (outputs.image_embeds * image_gradients[index]).sum()
-                + (logit_scale() * scale_gradient / len(chunks)).sum()
+                (outputs.text_embeds * text_part).sum()
+                + (outputs.image_embeds * image_part).sum()
+                + (logit_scale() * scale_gradient / count).sum()
             )
     return loss.detach()

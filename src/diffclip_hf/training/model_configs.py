@@ -5,11 +5,11 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from ..common.commands import one_line
 from ..common.json_files import parse_json_object
 from ..common.loading import load_config
 from ..common.options import check_names, read_options
 from ..model.configuration_diffclip import DiffCLIPConfig
+from ..model.image_fetching_diffclip import one_line
 
 
 # Of a configuration's JSON, what isn't among its fields.

@@ -11,8 +11,9 @@ from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from ..common.commands import one_line, require_extra
-from ..data.shards import names_shards
+from ..common.commands import require_extra
+from ..data.shard_files import names_shards
+from ..model.image_fetching_diffclip import one_line
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments
 from .model_configs import build_config

@@ -16,8 +16,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import CONFIG_NAME
 
-from ..common.commands import one_line
 from ..common.remote_code import add_remote_code
+from ..model.image_fetching_diffclip import one_line
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments, check_arguments
 from .checkpoints import last_checkpoint
