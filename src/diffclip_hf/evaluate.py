@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from .common.commands import CommandParser, require_extra, run_command
+from .common.embedding_cache import DEFAULT_FOLDER, EmbeddingCache
 from .common.machine import describe_machine, describe_versions
 from .common.whole_files import check_output_file, write_text_whole
 from .data.label_names import read_label_names
-from .evaluation.cache import DEFAULT_FOLDER, EmbeddingCache
 from .evaluation.encoder import Encoder, check_batches
 from .evaluation.report import markdown_table, mean_metrics
 from .evaluation.specs import (

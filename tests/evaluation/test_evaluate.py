@@ -34,13 +34,13 @@ from transformers import (
     logging,
 )
 
+from diffclip_hf.common.embedding_cache import EmbeddingCache
+from diffclip_hf.common.keys import model_fingerprint
 from diffclip_hf.data import ImageTextCollator, load_image_text_dataset
 from diffclip_hf.data.sources import load_own_labels
 from diffclip_hf.evaluate import main
-from diffclip_hf.evaluation.cache import EmbeddingCache
 from diffclip_hf.evaluation.datasets import load_captioned, load_labelled, load_pairs, with_names
 from diffclip_hf.evaluation.encoder import Encoder
-from diffclip_hf.evaluation.keys import model_fingerprint
 from diffclip_hf.evaluation.report import markdown_table
 from diffclip_hf.evaluation.specs import DatasetSpec
 from diffclip_hf.evaluation.tasks import RUN_TASK, TaskOptions

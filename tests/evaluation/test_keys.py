@@ -24,10 +24,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil, logging
 
-from diffclip_hf.evaluation.cache import EmbeddingCache
+from diffclip_hf.common.embedding_cache import EmbeddingCache
+from diffclip_hf.common.keys import UnknownContentError, describe, describe_model, tensor_digest
 from diffclip_hf.evaluation.datasets import load_captioned, load_labelled, load_pairs
 from diffclip_hf.evaluation.encoder import Encoder
-from diffclip_hf.evaluation.keys import UnknownContentError, describe, describe_model, tensor_digest
 from diffclip_hf.evaluation.specs import DatasetSpec
 
 
@@ -397,7 +397,7 @@ def test_embeddings_that_cannot_be_kept_are_returned(tmp_path, monkeypatch, capl
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffclip_hf.evaluation.cache.write_whole", full)
+    monkeypatch.setattr("diffclip_hf.common.embedding_cache.write_whole", full)
     cache = EmbeddingCache(tmp_path / "cache")
     logging.enable_propagation()
     try:

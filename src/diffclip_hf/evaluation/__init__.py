@@ -1,6 +1,6 @@
 """Measuring a model by the paper's protocols; `python -m diffclip_hf.evaluate` is its command."""
 
-from .cache import EmbeddingCache
+from ..common.embedding_cache import EmbeddingCache
 from .clip_benchmark import load_for_clip_benchmark, register
 from .encoder import Encoder
 from .report import markdown_table, mean_metrics

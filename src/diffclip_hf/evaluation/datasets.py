@@ -11,12 +11,12 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..common.commands import require_extra
+from ..common.keys import image_digest
 from ..data.counts import non_empty_captions
 from ..data.label_names import check_seen, match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from ..data.shard_files import names_shards
 from ..data.sources import load_image_text_dataset, load_own_labels
 from ..model.image_reading_diffclip import is_at_hand
-from .keys import image_digest
 from .specs import DatasetSpec
 
 

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from ..common.embedding_cache import EmbeddingCache
+from ..common.keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
 from ..common.loading import check_device, load_model, load_processor
 from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
 from ..zero_shot import BATCH_SIZE, CPU_BATCH_SIZE
-from .cache import EmbeddingCache
-from .keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
 
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from ..common.whole_files import check_output_file, write_whole
 from .keys import fingerprint, tensor_digest
+from .whole_files import check_output_file, write_whole
 
 
 logger = logging.get_logger(__name__)
