@@ -26,7 +26,11 @@ BLOCKS = [
 ]
 # Tests of their own, below: what needs many steps, or what a command has written before.
 OWN = ("load_digits", "onnxruntime", "diffclip-vitb16")
-PYTHON = [(page, code) for page, language, code in BLOCKS if language == "python"]
+PYTHON: list[tuple[str, str]] = []
+for page, language, code in BLOCKS:
+    if language == "python":
+        # A block that imports nothing goes on from the one before it.
+        PYTHON.append((page, code if "import " in code else PYTHON[-1][1] + code))
 SOURCE = "hammh0a/DiffCLIP_ViTB16_CC12M"
 CONVERT = "docs/guides/convert.md"
 # Commands that run here: on what the repository has, in little time.
@@ -99,6 +103,11 @@ def test_what_the_readme_says_is_printed(python):
     code = one_block("README.md", "pipeline(")
     printed = python("-c", code).splitlines()
     assert printed == [line[2:] for line in code.splitlines() if line.startswith("# ")]
+
+
+def test_what_the_readme_says_is_found(python):
+    code = one_block("README.md", "encode_image")
+    assert python("-c", code).splitlines()[-1] == re.findall(r"# (.*)", code)[-1]
 
 
 @pytest.mark.parametrize(
