@@ -10,11 +10,11 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import NearestCentroid
 from torch.nn.functional import normalize
 
+from diffclip_hf.data.ranks import label_ranks
 from diffclip_hf.data.retrieval_metrics import recall_at_k
 from diffclip_hf.evaluation.metrics import (
     classification_metrics,
     few_shot_accuracies,
-    label_ranks,
     linear_probe,
     mean_by_group,
     mean_per_class,

@@ -4,6 +4,7 @@ import copy
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from distributed import assert_same, gradients
@@ -22,6 +23,7 @@ from pairs import (
 )
 from tiny import tiny_inputs, tiny_model
 from torch import nn
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -32,6 +34,7 @@ from diffclip_hf import (
 from diffclip_hf.model.loss_diffclip import image_text_contrastive_loss
 from diffclip_hf.training import DiffCLIPTrainer, ZeroShotTask
 from diffclip_hf.training.gradient_cache import backward_in_chunks
+from diffclip_hf.training.metrics import loss_in_blocks
 from diffclip_hf.training.weights import give_logit_scale_a_dimension, take_logit_scales_dimension
 
 
@@ -300,6 +303,17 @@ def test_evaluation_is_on_all_embeddings(tmp_path):
     parts = [image_text_contrastive_loss(texts[s], images[s], run.model.logit_scale) for s in (slice(8), slice(8, 11))]
     assert metrics["eval_loss"] == pytest.approx(((8 * parts[0] + 3 * parts[1]) / 11).item(), rel=TOLERANCE)
     assert run.model.logit_scale.grad is None
+
+
+def test_the_loss_in_blocks_is_that_of_the_whole_matrix():
+    generator = torch.Generator().manual_seed(0)
+    texts, images = (normalize(torch.randn(11, 6, generator=generator), dim=-1) for _ in range(2))
+    # As NumPy has it, in float64: −log of each pair's share of its row's and of its column's.
+    exponents = np.exp(50.0 * texts.double().numpy() @ images.double().numpy().T)
+    own = exponents.diagonal()
+    expected = -(np.log(own / exponents.sum(1)) + np.log(own / exponents.sum(0))).mean() / 2
+    for block_size in (3, 11):
+        assert loss_in_blocks(texts, images, torch.tensor(50.0), block_size).item() == pytest.approx(expected)
 
 
 def test_predictions_are_embeddings(tmp_path):

@@ -160,6 +160,11 @@ class Encoder:
         model = load_model(name, revision=revision, dtype=dtype, **options)
         return cls(model.to(found), load_processor(name, model.config, revision=revision), **kwargs)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return execution_device(self.model)
+
     def weights(self) -> str | None:
         """Return the SHA-256 of the weights and the configuration, None where they can't be read as plain values."""
         try:

@@ -13,32 +13,7 @@ from torch.nn.functional import normalize
 COARSE_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 FINE_STEPS = (1.0, 0.5, 0.25, 0.125)
 PROBE_ITERATIONS = 1000
-
-
-def label_ranks(
-    image_embeds: torch.Tensor, label_embeds: torch.Tensor, labels: torch.Tensor, block_size: int = 4096
-) -> torch.Tensor:
-    """Return how many labels are before each image's own, by similarity, 0 where its own is first.
-
-    Of labels that are equally similar the first counts as more so, as in a stable sort. NaN is before everything, and
-    an image whose own label's score is NaN has the largest int64 there is.
-
-    Args:
-        image_embeds: (images, width), float32.
-        label_embeds: (labels, width), float32.
-        labels: Each image's label, (images,), int64.
-        block_size: Images that are compared at once, which bounds the memory.
-    """
-    indices = torch.arange(len(label_embeds))
-    ranks = []
-    for images, own in zip(image_embeds.split(block_size), labels.split(block_size), strict=True):
-        scores = images @ label_embeds.t()
-        own_scores = scores.gather(1, own[:, None])
-        after = (scores < own_scores) | ((scores == own_scores) & (indices >= own[:, None]))
-        # Beyond any K, even one that is more than there are labels.
-        wrong = torch.iinfo(torch.int64).max
-        ranks.append((~after).sum(1).masked_fill(own_scores.squeeze(1).isnan(), wrong))
-    return torch.cat(ranks)
+QUERIES_AT_ONCE = 4096
 
 
 def mean_per_class(correct: torch.Tensor, labels: torch.Tensor) -> float:
@@ -158,7 +133,11 @@ def nearest_prototype(support: torch.Tensor, queries: torch.Tensor) -> torch.Ten
     """
     mean = support.flatten(0, 1).mean(0)
     prototypes = normalize(support - mean, dim=-1).mean(1)
-    return torch.cdist(normalize(queries - mean, dim=-1), prototypes).argmin(1)
+    # In blocks, for an episode may be the whole task.
+    found = [
+        torch.cdist(normalize(some - mean, dim=-1), prototypes).argmin(1) for some in queries.split(QUERIES_AT_ONCE)
+    ]
+    return torch.cat(found)
 
 
 def few_shot_rows(
@@ -282,7 +261,6 @@ __all__ = [
     "classification_metrics",
     "few_shot_accuracies",
     "few_shot_rows",
-    "label_ranks",
     "linear_probe",
     "mean_by_group",
     "mean_per_class",

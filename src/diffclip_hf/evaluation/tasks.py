@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..common.commands import require_extra
+from ..data.ranks import label_ranks
 from ..data.retrieval_metrics import recall_at_k
 from ..zero_shot import label_texts, mean_label_embeds
 from .datasets import Labelled, load_captioned, load_labelled, load_pairs, with_names
@@ -19,7 +20,6 @@ from .metrics import (
     classification_metrics,
     few_shot_accuracies,
     few_shot_rows,
-    label_ranks,
     linear_probe,
     mean_by_group,
     pair_matches,
@@ -72,7 +72,8 @@ def zero_shot(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict
         logger.warning("%s: %d labels have a name that another has too.", spec.name, alike)
     _, texts, indices = label_texts(names, spec.templates)
     label_embeds = mean_label_embeds(encoder.text_embeds(texts), indices, len(names))
-    ranks = label_ranks(encoder.image_embeds(part.dataset, part.split), label_embeds, part.labels)
+    image_embeds = encoder.image_embeds(part.dataset, part.split)
+    ranks = label_ranks(image_embeds, label_embeds, part.labels, most=5, device=encoder.device)
     return {
         **base_result(spec, part.split, len(ranks)),
         "classes": len(names),
@@ -92,6 +93,7 @@ def retrieval(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict
         encoder.text_embeds(part.captions),
         encoder.image_embeds(part.dataset, part.split, rows=part.rows),
         part.image_of_caption,
+        device=encoder.device,
     )
     return {
         **base_result(spec, part.split, len(part.dataset)),

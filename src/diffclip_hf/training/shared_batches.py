@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import DataLoaderStateMixin
@@ -216,6 +217,19 @@ class EvenLoader(DataLoaderStateMixin):
             raise ValueError(f"Nothing is left of the data for {self.name}: no row of it can be used.")
 
 
+def concatenate(batches: Any) -> Any:
+    """Put together arrays of batches, or tuples of arrays, each copied once; None stays None.
+
+    Args:
+        batches: A list of arrays of the same width, or of tuples of these.
+    """
+    if not isinstance(batches, list):
+        return batches
+    if isinstance(batches[0], tuple):
+        return tuple(np.concatenate([batch[index] for batch in batches]) for index in range(len(batches[0])))
+    return np.concatenate(batches)
+
+
 def gather_rows(parts: Any) -> Any:
     """Stack every process's rows of tensors, of which each may have another number, in a nest of tuples and lists.
 
@@ -243,6 +257,7 @@ __all__ = [
     "SharedBatchSampler",
     "SharedStream",
     "collate_some",
+    "concatenate",
     "even_batches",
     "gather_rows",
     "is_split",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -26,7 +27,7 @@ from .gradient_cache import backward_in_chunks
 from .loaders import Loaders
 from .metrics import ZeroShotTask, check_labels, pair_metrics, zero_shot_accuracy
 from .moments import TrainingMoments
-from .shared_batches import EvenLoader, even_batches, gather_rows, is_split
+from .shared_batches import EvenLoader, concatenate, even_batches, gather_rows, is_split
 from .weights import (
     contrastive_model,
     give_logit_scale_a_dimension,
@@ -323,9 +324,9 @@ class DiffCLIPTrainer(Trainer):
         output = self._run_once(dataloader, description, False, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
         if isinstance(output.predictions, tuple):
-            text_embeds, image_embeds = map(self._on_device, output.predictions)
-            scale = logit_scale_value(self.model).exp()
-            metrics = pair_metrics(text_embeds, image_embeds, scale, self.args.eval_batch_size * self.args.world_size)
+            text_embeds, image_embeds = map(torch.from_numpy, output.predictions)
+            scale, batch = logit_scale_value(self.model).exp(), self.args.eval_batch_size * self.args.world_size
+            metrics = pair_metrics(text_embeds, image_embeds, scale, batch, self.args.device)
         elif description == "Evaluation":
             raise ValueError("The evaluation data has images or texts alone; a contrastive model needs pairs of both.")
         if self.zero_shot is not None and description == "Evaluation":
@@ -340,18 +341,29 @@ class DiffCLIPTrainer(Trainer):
         dataloader.name = description.lower()
         # It puts the attribute back. What accelerate has instead takes all processes to have as many rows.
         self.gather_function = self._gather_rows
-        output = super().evaluation_loop(dataloader, description, *args)
-        return output._replace(num_samples=dataloader.rows)
+        if not self.is_contrastive or self.compute_metrics is not None or not self.args.eval_do_concat_batches:
+            output = super().evaluation_loop(dataloader, description, *args)
+            return output._replace(num_samples=dataloader.rows)
+        # It would copy all embeddings for each batch that it puts beside them.
+        self.args.eval_do_concat_batches = False
+        try:
+            output = super().evaluation_loop(dataloader, description, *args)
+        finally:
+            self.args.eval_do_concat_batches = True
+        return output._replace(
+            num_samples=dataloader.rows,
+            predictions=concatenate(output.predictions),
+            label_ids=concatenate(output.label_ids),
+        )
 
     def _gather_rows(self, parts: Any) -> Any:
         """Stack what every process has of a batch."""
         if self._losses_follow:
             # Transformers repeats a batch's loss; as often as there are rows, the mean is right.
             self._losses_follow, parts = False, parts[:1].expand(self._rows_evaluated)
-        return gather_rows(parts)
-
-    def _on_device(self, array: Any) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.args.device)
+        rows = gather_rows(parts)
+        # All embeddings needn't be on a GPU.
+        return send_to_device(rows, "cpu") if self.is_contrastive else rows
 
     def _zero_shot_accuracy(self, task: ZeroShotTask) -> float:
         """Return the share of a task's images that are nearest to their own label."""
@@ -359,8 +371,8 @@ class DiffCLIPTrainer(Trainer):
         tokenize = partial(self.tokenizer, padding=True, truncation=True, return_tensors="pt")
         text_embeds = self._embed(texts, tokenize, "Labels").predictions
         images = self._embed(task.dataset, task.collator, "Zero-shot")
-        found = [self._on_device(part) for part in (images.predictions, images.label_ids, text_embeds)]
-        return zero_shot_accuracy(found[0], found[1], found[2], indices, len(labels))
+        found = [torch.from_numpy(part) for part in (images.predictions, images.label_ids, text_embeds)]
+        return zero_shot_accuracy(found[0], found[1], found[2], indices, len(labels), self.args.device)
 
     def _embed(self, rows: Any, collator: Callable[[list[Any]], Any], description: str) -> EvalLoopOutput:
         """Return the embeddings of rows that are shared out among the processes, and their labels."""
