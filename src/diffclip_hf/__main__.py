@@ -10,7 +10,7 @@ from .common.commands import CommandParser
 
 # Module → what it does.
 COMMANDS = {
-    "train": "train a model, or fine-tune one, on pictures with captions",
+    "train": "train a model, or fine-tune one, on pictures with captions or classes",
     "evaluate": "measure models: zero-shot, retrieval, linear probes, few-shot, MMVP",
     "demo": "try models on a page in the browser, or write that page as a Hugging Face Space",
     "export_onnx": "export a model's two towers to ONNX, in float32 and int8",

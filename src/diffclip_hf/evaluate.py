@@ -1,11 +1,10 @@
 """Measure DiffCLIP, or another of Transformers' CLIP-like models, as the paper does.
 
-    python -m diffclip_hf.evaluate MODEL --task zero-shot --dataset imagenet-v2 imagenet-a [--output FILE.json]
-    python -m diffclip_hf.evaluate --list
+    python -m diffclip_hf.evaluate MODEL --task zero-shot --dataset imagenet-v2 imagenet-a --output results.json
+    python -m diffclip_hf.evaluate MODEL --task retrieval --dataset my-pictures --split train
 
-MODEL is a folder or an id on the Hub. A data set is one of the presets (--list), a folder, Parquet files or an id on
-the Hub; several make a table with their means. The table goes to standard output, in percent and beside the paper's
-figures; --output writes everything that was measured, as shares of 1.
+The command prints a table of percentages beside the paper's figures, with the means of several data sets. --output
+writes all that was measured, as shares of 1.
 """
 
 import argparse
@@ -17,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .common.commands import CommandParser, require_extra, run_command
+from .common.commands import CommandParser, add_device_option, require_extra, run_command
 from .common.embedding_cache import DEFAULT_FOLDER, EmbeddingCache
 from .common.machine import describe_machine, describe_versions
 from .common.whole_files import check_output_file, write_text_whole
@@ -67,21 +64,41 @@ def _count_or_all(text: str) -> int | None:
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data sets", "What isn't given is the preset's, or found by the usual names.")
-    group.add_argument("--split", help="the part that is measured (test, if no preset says otherwise)")
-    group.add_argument("--train-split", help="the part that probes and few-shot classification learn from (train)")
-    group.add_argument("--validation-split", help="where a probe's regularisation is chosen (a fifth of the former)")
-    for column in ("image", "label", "caption", "pattern"):
-        group.add_argument(f"--{column}-column", metavar="NAME")
-    group.add_argument("--caption-separator", metavar="TEXT", help="what separates captions that are one text")
-    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, or JSON")
+    group = parser.add_argument_group(
+        "data sets", "What you don't give comes from the preset, or is found by the usual names."
+    )
+    group.add_argument("--split", metavar="NAME", help="The split to measure. (default: test)")
+    group.add_argument(
+        "--train-split", metavar="NAME", help="The split that probes and few-shot classes learn from. (default: train)"
+    )
+    group.add_argument(
+        "--validation-split",
+        metavar="NAME",
+        help="The split on which a probe's regularisation is chosen. (default: a fifth of the training split)",
+    )
+    for column, held in (
+        ("image", "images"),
+        ("label", "labels"),
+        ("caption", "captions, or MMVP's texts"),
+        ("pattern", "visual patterns, for mmvp"),
+    ):
+        group.add_argument(f"--{column}-column", metavar="NAME", help=f"The column that has the {held}.")
+    group.add_argument(
+        "--caption-separator", metavar="TEXT", help="What lies between captions, where several are one text."
+    )
+    group.add_argument(
+        "--class-names",
+        metavar="FILE",
+        type=Path,
+        help="A file with the classes' names, one a line in the order of the labels, or JSON from label to name.",
+    )
     group.add_argument(
         "--templates",
         nargs="+",
         metavar="TEXT",
-        help=f"texts with {{}} for the label, or one of {', '.join(TEMPLATE_SETS)}",
+        help=f"Sentences with {{}} for the label, or one of the sets {' and '.join(TEMPLATE_SETS)}.",
     )
-    group.add_argument("--metric", choices=METRICS, help="what stands for a data set in the table and the mean")
+    group.add_argument("--metric", choices=METRICS, help="The figure for the table and the mean. (default: accuracy)")
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -90,45 +107,72 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features",
         choices=("pooled", "projected"),
-        help="the image tower's output before the projection, or the normalised projection (pooled)",
+        help="The image tower's output before the projection, or the normalised embedding. (default: pooled)",
     )
     # Without defaults here, so that those given for another task are found.
     for name, kind, text in (
-        ("ways", _count_or_all, "classes an episode, or all"),
-        ("shots", int, "training images a class"),
-        ("queries", _count_or_all, "test images a class, or all"),
-        ("episodes", int, "how many"),
-        ("seed", int, "of what is drawn"),
+        ("ways", _count_or_all, "How many classes an episode has, or all."),
+        ("shots", int, "How many training images a class has."),
+        ("queries", _count_or_all, "How many test images a class has, or all."),
+        ("episodes", int, "How many episodes there are."),
+        ("seed", int, "Where the random choice of images starts."),
     ):
-        group.add_argument(
-            f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} ({getattr(defaults, name)})"
-        )
+        shown = f"{text} (default: {getattr(defaults, name)})"
+        group.add_argument(f"--{name}", type=kind, metavar="N", default=argparse.SUPPRESS, help=shown)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--revision", help="of the model on the Hub")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="%(default)s")
-    group.add_argument("--attn-implementation", metavar="NAME", help="as in from_pretrained")
-    group.add_argument("--batch-size", type=int, help="images at once (8 on a CPU, else 64)")
-    group.add_argument("--num-workers", type=int, default=0, help="processes that read images (%(default)s)")
+    group.add_argument("--revision", metavar="NAME", help="A branch, tag or commit of the model on the Hub.")
+    add_device_option(group)
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="The numbers' type in the model. (default: %(default)s)",
+    )
+    group.add_argument("--attn-implementation", metavar="NAME", help="What computes attention, such as eager or sdpa.")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="How many images are encoded at once. (default: 8 on a CPU, else 64)",
+    )
+    group.add_argument(
+        "--num-workers",
+        type=int,
+        metavar="N",
+        default=0,
+        help="How many processes read images. (default: %(default)s)",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = CommandParser(
         prog="python -m diffclip_hf.evaluate",
+        usage="%(prog)s MODEL --task TASK --dataset NAME [NAME ...] [OPTION ...]\n       %(prog)s --list",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder or an id on the Hub")
-    parser.add_argument("--task", choices=TASKS)
-    parser.add_argument("--dataset", nargs="+", metavar="NAME", default=[], help="presets, folders, files or ids")
-    parser.add_argument("--list", action="store_true", help="list the presets and stop")
-    parser.add_argument("--output", metavar="FILE.json", type=Path)
-    parser.add_argument("--cache-dir", type=Path, help=f"where embeddings are kept ({DEFAULT_FOLDER})")
-    parser.add_argument("--no-cache", action="store_true", help="keep no embeddings, and use none")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="A model's folder or its id on the Hub.")
+    parser.add_argument("--task", metavar="TASK", choices=TASKS, help=f"What to measure: {', '.join(TASKS)}.")
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="What to measure it on: presets (see --list), folders, Parquet files, or ids on the Hub.",
+    )
+    parser.add_argument("--list", action="store_true", help="List the presets and stop.")
+    parser.add_argument("--output", metavar="FILE.json", type=Path, help="Write all results to this file too.")
+    parser.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        type=Path,
+        help=f"Where embeddings are kept. (default: {str(DEFAULT_FOLDER).replace('%', '%%')})",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="Keep no embeddings, and use none.")
     _add_data_options(parser)
     _add_task_options(parser)
     _add_model_options(parser)

@@ -1,13 +1,13 @@
 """Export a model's two towers to ONNX, checked in ONNX Runtime, and an int8 version of each.
 
-python -m diffclip_hf.export_onnx DIR OUT
+    python -m diffclip_hf.export_onnx DIR OUT
 
-DIR is a saved model's folder or its id on the Hub. OUT, which must be new or empty, gets
+It writes into OUT
 
     vision_model.onnx  text_model.onnx                        float32
     vision_model_quantized.onnx  text_model_quantized.onnx    int8 weights, named as by optimum and transformers.js
-    export_report.json                                        errors, similarity, sizes and times
-    config.json, what DIR has of a processor, and the code that loads both where this package isn't installed
+    export_report.json                                        errors, similarities, sizes and times
+    config.json, the processor, and the code that loads both where this package isn't installed
 
 The inputs are `pixel_values` (batch, channels, image_size, image_size), float32, and `input_ids` and `attention_mask`
 (batch, sequence), int64; left padding works as in PyTorch. The outputs, `image_embeds` and `text_embeds` (batch,
@@ -499,16 +499,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = CommandParser(
         prog="python -m diffclip_hf.export_onnx",
+        usage="%(prog)s DIR OUT [OPTION ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="DIR", help="a saved model's folder, or its id on the Hub")
-    parser.add_argument("folder", metavar="OUT", help="a folder that is new or empty")
+    parser.add_argument("source", metavar="DIR", help="A saved model's folder, or its id on the Hub.")
+    parser.add_argument("folder", metavar="OUT", help="The folder to write, new or empty.")
     parser.add_argument(
-        "--opset", type=int, default=DEFAULT_OPSET, choices=OPSETS, help="of ONNX (default: %(default)s)"
+        "--opset",
+        type=int,
+        default=DEFAULT_OPSET,
+        choices=OPSETS,
+        help="The version of ONNX's operators. (default: %(default)s)",
     )
-    parser.add_argument("--no-int8", dest="int8", action="store_false", help="write float32 alone")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="to time (default: %(default)s; 0: none)")
+    parser.add_argument("--no-int8", dest="int8", action="store_false", help="Write the float32 graphs alone.")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="How often to run each graph for its time; 0 times none. (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.runs < 0:
         parser.error(f"--runs is {args.runs}; it must be 0 or more")

@@ -93,11 +93,11 @@ def _log_size(model: nn.Module, training_args: DiffCLIPTrainingArguments) -> Non
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     logger.info(
-        "Training %d of %d parameters in %s on %d processes, %d samples a step.",
+        "Training %d of %d parameters in %s on %s, %d samples a step.",
         trained,
         sum(parameter.numel() for parameter in model.parameters()),
         " and ".join(sorted(dtypes)),
-        training_args.world_size,
+        "1 process" if training_args.world_size == 1 else f"{training_args.world_size} processes",
         training_args.per_device_train_batch_size * training_args.world_size,
     )
 

@@ -39,6 +39,8 @@ def test_a_saved_dataset_of_several_splits(tmp_path):
     check_pairs(load_image_text_dataset(str(tmp_path), split="test"), 4)
     with pytest.raises(ValueError, match=r"split is 'validation'; .* has train, test"):
         load_image_text_dataset(str(tmp_path), split="validation")
+    with pytest.raises(ValueError, match=r"split is 'test'; 'embedded/pictures' has train, so name one of these\.$"):
+        load_image_text_dataset("embedded/pictures", split="test")
     with pytest.raises(ValueError, match="revision can't be used"):
         load_image_text_dataset(str(tmp_path), revision="main")
 

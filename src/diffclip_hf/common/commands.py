@@ -46,12 +46,23 @@ class CommandParser(argparse.ArgumentParser):
     """A command line's parser whose errors are one line, with what is spelt alike; it takes no abbreviated options."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, add_help=False, **kwargs)
+        self.add_argument("-h", "--help", action="help", help="Show this help and stop.")
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         hint = closest(unknown[1], set(re.findall(r"--[\w-]+", self.format_help()))) if unknown else "."
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')}{hint} See --help.\n")
+
+
+def add_device_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--device` to a command, a GPU by default where PyTorch finds one."""
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Where the model runs, such as cpu or cuda:1. (default: cuda where there is a GPU, else cpu)",
+    )
 
 
 def started_as(module: str) -> str:
@@ -120,6 +131,7 @@ def stop_without_extra(error: ModuleNotFoundError, extra: str, module: str) -> N
 __all__ = [
     "EXPECTED",
     "CommandParser",
+    "add_device_option",
     "closest",
     "first_line",
     "missing_extra",

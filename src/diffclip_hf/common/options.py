@@ -135,6 +135,7 @@ class OptionParser(HfArgumentParser):
         classes: The data classes.
         words: Option → boolean or None → what it stands for there, where an option takes words.
         groups: How `--help` shows the options, in this order.
+        hidden: The options that it doesn't show.
         kwargs: As in `argparse.ArgumentParser`.
 
     Raises:
@@ -146,10 +147,11 @@ class OptionParser(HfArgumentParser):
         classes: Sequence[type],
         words: dict[str, dict[bool | None, Any]],
         groups: Sequence[OptionGroup],
+        hidden: Collection[str] = (),
         **kwargs: Any,
     ):
         self.options: dict[str, argparse.Action] = {}
-        self.words, self.parts, self.groups = words, len(classes), groups
+        self.words, self.parts, self.groups, self.hidden = words, len(classes), groups, hidden
         self.adders: dict[str, Callable[..., argparse.Action]] = {}
         hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
         self.kinds = {name: self._kinds_of(hint) for name, hint in hints.items()}
@@ -178,6 +180,8 @@ class OptionParser(HfArgumentParser):
 
     def _help(self, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return how `--help` shows an option: what stands for its value, and what is said of it."""
+        if name in self.hidden:
+            return {"help": argparse.SUPPRESS}
         if kwargs.get("action") == "store_false":
             return {"help": f"The same as --{name} false."}
         said, default = kwargs.get("help", ""), kwargs.get("default")
@@ -220,6 +224,9 @@ class OptionParser(HfArgumentParser):
         # Of options that hold fields by name, the classes raise it for a field that they haven't.
         except TypeError as error:
             raise ValueError(f"An option's value doesn't fit: {one_line(error)}.") from error
+        # Some name a file.
+        except OSError as error:
+            raise ValueError(f"A file that an option names can't be read: {one_line(error)}.") from error
         if rest:
             flags = [flag for action in self.options.values() for flag in action.option_strings]
             raise ValueError(f"{rest[0]!r} isn't an option{closest(rest[0], flags)} See --help.")

@@ -468,29 +468,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="FILE.pt", help="a checkpoint on this machine")
-    source.add_argument("--repo-id", metavar="OWNER/NAME", help="a repository of the Hub that holds a checkpoint")
-    parser.add_argument("--filename", metavar="NAME", help="in the repository (default: checkpoint_best.pt)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
-    parser.add_argument("--token", help="of the Hub (default: that of `hf auth login`, or HF_TOKEN)")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="a folder that is new or empty")
+    source.add_argument("--checkpoint", metavar="FILE.pt", help="A checkpoint on this machine.")
+    source.add_argument("--repo-id", metavar="OWNER/NAME", help="A repository on the Hub that holds a checkpoint.")
+    parser.add_argument(
+        "--filename", metavar="NAME", help="The checkpoint's name in the repository. (default: checkpoint_best.pt)"
+    )
+    parser.add_argument(
+        "--revision", metavar="REV", help="The repository's branch, tag or commit. (default: its main branch)"
+    )
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="A token of the Hub. (default: HF_TOKEN, or that of `hf auth login`)"
+    )
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="The folder to write, new or empty.")
     parser.add_argument(
         "--variant",
         default="auto",
         choices=["auto", *VARIANTS],
-        help="auto reads it off the keys; diffclip-star has to be told, since λ_init is in no checkpoint",
+        help="The model. auto tells it by the keys. Give diffclip-star yourself, since no checkpoint holds λ_init.",
     )
-    parser.add_argument("--text-heads", type=int, metavar="N", help="of a standard text tower (default: width / 64)")
     parser.add_argument(
-        "--vision-heads", type=int, metavar="N", help="of a standard image tower (default: width / 64)"
+        "--text-heads", type=int, metavar="N", help="How many heads a standard text tower has. (default: width / 64)"
     )
-    parser.add_argument("--image-size", type=int, metavar="N", help="in pixels (default: patch size x position grid)")
+    parser.add_argument(
+        "--vision-heads",
+        type=int,
+        metavar="N",
+        help="How many heads a standard image tower has. (default: width / 64)",
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="The images' size in pixels. (default: patch size x position grid)"
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR_OR_ID",
-        help="a tokenizer's folder, Hub id or bpe_simple_vocab_16e6.txt.gz (default: from an installed package)",
+        help="A tokenizer's folder, its id on the Hub, or bpe_simple_vocab_16e6.txt.gz. (default: a package's)",
     )
-    parser.add_argument("--no-processor", action="store_true", help="save neither tokenizer nor image processor")
+    parser.add_argument("--no-processor", action="store_true", help="Save neither a tokenizer nor an image processor.")
     args = parser.parse_args(argv)
     if args.repo_id is None:
         for option in ("filename", "revision", "token"):

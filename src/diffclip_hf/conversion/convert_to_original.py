@@ -183,8 +183,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="a saved DiffCLIPModel: config.json and model.safetensors")
-    parser.add_argument("output", metavar="FILE.pt", help="a file that is new, or empty")
+    parser.add_argument("folder", metavar="DIR", help="A saved DiffCLIPModel's folder.")
+    parser.add_argument("output", metavar="FILE.pt", help="The file to write, new or empty.")
     return parser.parse_args(argv)
 
 

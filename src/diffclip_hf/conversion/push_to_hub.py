@@ -282,21 +282,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="a folder that the conversion or save_pretrained wrote")
-    parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; it is made if it isn't there")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch, made if it isn't there (default: main)")
+    parser.add_argument("folder", metavar="DIR", help="A folder that the conversion or save_pretrained wrote.")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="The repository. It is made if it isn't there.")
+    parser.add_argument("--private", action="store_true", help="If the repository is new, make it private.")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="The branch. It is made if it isn't there. (default: main)"
+    )
     parser.add_argument(
         "--remote-code",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="upload the code files, for trust_remote_code=True",
+        help="Upload the model's code too, for trust_remote_code=True. (default: yes)",
     )
-    parser.add_argument("--token", help="a token that may write (default: HF_TOKEN, or that of `hf auth login`)")
-    parser.add_argument("--dataset", choices=["cc3m", "cc12m"], help="the training data (default: by the source)")
-    parser.add_argument("--source-repo", metavar="ID", help="the original's repository (default: by the report)")
-    parser.add_argument("--license", default="unknown", metavar="ID", help="the weights' licence, by the Hub's name")
-    parser.add_argument("--dry-run", action="store_true", help="list the files and their bytes, and send nothing")
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="A token that may write. (default: HF_TOKEN, or that of `hf auth login`)"
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=["cc3m", "cc12m"],
+        help="What the model was trained on. (default: known by the original's repository)",
+    )
+    parser.add_argument(
+        "--source-repo", metavar="ID", help="The original's repository. (default: what the conversion's report says)"
+    )
+    parser.add_argument(
+        "--license",
+        default="unknown",
+        metavar="ID",
+        help="The weights' licence, by its name on the Hub. (default: unknown)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="List the files and their sizes, and send nothing.")
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,8 @@ that a resumed run passes over what it has seen without decoding anything. The c
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..common.commands import require_extra
@@ -68,6 +69,10 @@ def _two_columns(
     return dataset.rename_columns({old: new for new, old in chosen.items() if old != new}), chosen[target]
 
 
+def _no_such_split(source: str, split: str, splits: Iterable[str]) -> ValueError:
+    return ValueError(f"split is {split!r}; {source!r} has {', '.join(splits)}, so name one of these.")
+
+
 def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
     """Read a map-style data set of the `datasets` library, whichever way it is stored."""
     require_extra("training", "datasets")
@@ -87,7 +92,7 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
         if isinstance(loaded, datasets.Dataset):
             return loaded
         if split not in loaded:
-            raise ValueError(f"split is {split!r}; {source!r} has {', '.join(loaded)}.")
+            raise _no_such_split(source, split, loaded)
         return loaded[split]
     found = named_files(source, load_options)
     check_depth(found)
@@ -98,6 +103,10 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
             files = {split: expand_braces(source)}
             return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
         return datasets.load_dataset(source, split=split, **load_options)
+    except ValueError as error:
+        if (others := re.search(r"Unknown split .* one of \[(.*)\]", str(error))) is None:
+            raise
+        raise _no_such_split(source, split, re.findall(r"'([^']+)'", others[1])) from error
     except (
         datasets.exceptions.DatasetsError,
         *(pyarrow.lib.ArrowException, LookupError, TypeError, AttributeError),

@@ -1,20 +1,19 @@
 """A page in the browser to try models on: a picture, labels, their scores, and where the model looks for each.
 
-    python -m diffclip_hf.demo MODEL [MODEL ...] [--examples FOLDER] [--host 0.0.0.0] [--port 7860] [--device cuda]
-    python -m diffclip_hf.demo MODEL [MODEL ...] --write-space DIR [--examples FOLDER]
+    python -m diffclip_hf.demo MODEL --examples FOLDER
+    python -m diffclip_hf.demo MODEL --write-space DIR --examples FOLDER
 
-MODEL is a folder or an id on the Hub, of a DiffCLIP or of Transformers' CLIP. The page fetches nothing from elsewhere,
-and nothing is reported to anyone. It reads pictures that were uploaded to it and no others, and deletes them after an
-hour, or when it stops. Where it listens on loopback, it answers requests for localhost alone; --allowed-host NAME lets
+MODEL is a DiffCLIP or Transformers' CLIP; name several, and the page offers them all. The page fetches nothing from
+elsewhere and reports nothing to anyone. It reads only the pictures that were uploaded to it, and deletes them after an
+hour or when it stops. On this machine's own address it answers requests for localhost alone; --allowed-host NAME lets
 another name in, such as a proxy's.
 
 --write-space writes a Hugging Face Space: this file as `app.py`, the package, `requirements.txt` and a `README.md`.
-Started without MODEL, as a Space starts it, the file takes the models from `models` in the front matter of the
-`README.md` beside it, where a name is the folder of that name beside it, or else an id on the Hub; to change a Space's
-models, change that list. Pictures in a folder `examples` beside it are offered as examples.
+A Space takes its models from the list `models` at the top of its `README.md`: folders beside it, or ids on the Hub.
+It offers the pictures in its folder `examples`.
 
-Of a model's folder a Space gets the configuration, the weights as safetensors and the processor, and nothing else;
-links are refused. Examples are written anew, without what a camera noted in them, such as the place.
+Only the configuration, the weights as safetensors and the processor are copied from a model's folder; links are
+refused. Examples are written anew, without what a camera noted in them, such as the place.
 """
 
 import argparse
@@ -36,7 +35,13 @@ import torch
 from huggingface_hub import metadata_load
 
 # By the package's name rather than relatively, since as a Space's `app.py` this file lies outside the package.
-from diffclip_hf.common.commands import CommandParser, require_extra, run_command, stop_without_extra
+from diffclip_hf.common.commands import (
+    CommandParser,
+    add_device_option,
+    require_extra,
+    run_command,
+    stop_without_extra,
+)
 
 
 try:
@@ -451,26 +456,34 @@ def named_models(names: Sequence[str]) -> dict[str, str]:
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = CommandParser(
-        prog="python -m diffclip_hf.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m diffclip_hf.demo",
+        usage="%(prog)s MODEL [MODEL ...] [--examples FOLDER] [OPTION ...]\n"
+        "       %(prog)s MODEL [MODEL ...] --write-space DIR [--examples FOLDER]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", metavar="MODEL", nargs="*", help="a folder or an id on the Hub")
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="A model's folder or its id on the Hub.")
     parser.add_argument(
         "--examples",
         metavar="FOLDER",
         type=Path,
-        help=f"up to {MAX_EXAMPLES} pictures to choose from; their files' names, such as dog-face.png, become labels",
+        help=f"A folder of up to {MAX_EXAMPLES} pictures to choose from. Names such as dog-face.png become labels.",
     )
-    parser.add_argument("--host", help="the address to listen at; 127.0.0.1, if the environment says nothing else")
-    parser.add_argument("--port", type=int, help="the first free one from 7860, if the environment says nothing else")
+    parser.add_argument("--host", help="The address to listen at. (default: GRADIO_SERVER_NAME, or else 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, help="The port. (default: GRADIO_SERVER_PORT, or else the first free one from 7860)"
+    )
     parser.add_argument(
         "--allowed-host",
         metavar="NAME",
         action="append",
         default=[],
-        help="a name that requests may be for, such as a proxy's; may be given again",
+        help="A further name that requests may be for, such as a proxy's. Repeat the option for several.",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
-    parser.add_argument("--write-space", metavar="DIR", type=Path, help="write a Hugging Face Space and stop")
+    add_device_option(parser)
+    parser.add_argument(
+        "--write-space", metavar="DIR", type=Path, help="Write a Hugging Face Space into this folder and stop."
+    )
     return parser
 
 

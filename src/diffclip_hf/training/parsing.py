@@ -37,6 +37,8 @@ GROUPS = (
         _names(DiffCLIPTrainingArguments) - BATCH,
     ),
 )
+# Options of Transformers that have no effect here, and are refused where they ask for one.
+HIDDEN = ("do_train", "do_eval", "do_predict", "local_rank")
 # What YAML's booleans and null stand for in options that take words.
 BOOLEAN_WORDS: dict[str, dict[bool | None, Any]] = {
     "resume_from_checkpoint": {True: "last", False: None},
@@ -78,6 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         (ModelArguments, DataArguments, DiffCLIPTrainingArguments),
         BOOLEAN_WORDS,
         GROUPS,
+        HIDDEN,
         prog="python -m diffclip_hf.train",
         usage=USAGE,
         description=DESCRIPTION,
