@@ -40,8 +40,8 @@ def compute_lambda(
     Source: paper arXiv 2503.06626, section 3; one λ a layer, shared by its head pairs.
     """
     wide = at_least_float32(lambda_q1.dtype)
-    first = torch.exp(torch.sum(lambda_q1.to(wide) * lambda_k1.to(wide)))
-    second = torch.exp(torch.sum(lambda_q2.to(wide) * lambda_k2.to(wide)))
+    first = torch.exp(torch.dot(lambda_q1.to(wide), lambda_k1.to(wide)))
+    second = torch.exp(torch.dot(lambda_q2.to(wide), lambda_k2.to(wide)))
     return first - second + lambda_init
 
 

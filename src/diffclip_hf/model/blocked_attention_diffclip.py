@@ -1,6 +1,8 @@
 """Exact differential attention on the CPU that holds the maps of one block at a time, small enough for its caches."""
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -12,6 +14,8 @@ from .precision_diffclip import at_least_float32
 BLOCK_ENTRIES_PER_THREAD = 2**18
 # Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
 LEAST_ROWS = 256
+# Keys below which PyTorch's softmax over the last dimension is slow: a vector register holds no more.
+LEAST_KEYS = 16
 
 # Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
 _NAMESPACE = __name__.replace(".", "_").replace("-", "_")
@@ -23,30 +27,44 @@ def fits_one_block(query: torch.Tensor) -> bool:
     return batch_size * num_heads * length * length <= BLOCK_ENTRIES_PER_THREAD * torch.get_num_threads()
 
 
+def _block_sizes(query: torch.Tensor) -> tuple[int, int, int]:
+    """Return how many batch rows, pairs and query rows a block has at most: whole batch rows, else pairs of one."""
+    batch_size, num_heads, length, _ = query.shape
+    num_threads = torch.get_num_threads()
+    entries = BLOCK_ENTRIES_PER_THREAD * num_threads
+    # Half as many entries where batch rows are put together, since q, k and v are copied for it.
+    batch = min(batch_size, max(1, entries // 2 // (num_heads * length * length)))
+    # A batched product runs one matrix a thread.
+    pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
+    rows = max(LEAST_ROWS, entries // (2 * pairs * length))
+    # As many in each block.
+    return batch, pairs, -(-length // -(-length // rows))
+
+
+def _room(query: torch.Tensor) -> torch.Tensor:
+    """Return room for the maps of the largest block, which all blocks use."""
+    batch, pairs, rows = _block_sizes(query)
+    return query.new_empty(2 * batch * pairs * rows * query.shape[2])
+
+
 def _blocks(
     query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
 ) -> Iterator[tuple[slice, slice, slice, slice, slice, torch.Tensor | None]]:
-    """Cut attention into blocks of batch rows, pairs and query rows: whole batch rows, else pairs, else query rows.
+    """Cut attention into blocks of batch rows, pairs and query rows.
 
     Yields each block's batch rows, pairs, their heads, query rows, the keys that its queries can see, and its
     `score_bias`.
     """
     batch_size, num_heads, length, _ = query.shape
-    num_threads = torch.get_num_threads()
-    entries = BLOCK_ENTRIES_PER_THREAD * num_threads
-    # Half as many entries where batch rows are put together, since q, k and v are copied for it.
-    batch = max(1, entries // 2 // (num_heads * length * length))
-    # A batched product runs one matrix a thread.
-    pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
-    row_count = max(LEAST_ROWS, entries // (2 * pairs * length))
+    batch, pairs, row_count = _block_sizes(query)
     # Where every block has all query rows, what is causal is the same in each.
-    is_shared = attention_mask is None and row_count >= length
-    shared = score_bias(None, is_causal, slice(None), slice(0, length), query.dtype) if is_shared else None
+    is_shared = attention_mask is None and row_count == length
+    shared = _causal_bias(length, query.dtype) if is_shared and is_causal else None
     for batch_start in range(0, batch_size, batch):
         batch_rows = slice(batch_start, min(batch_size, batch_start + batch))
         for pair_start in range(0, num_heads // 2, pairs):
-            block_pairs = slice(pair_start, pair_start + pairs)
-            heads = slice(2 * pair_start, 2 * (pair_start + pairs))
+            block_pairs = slice(pair_start, min(num_heads // 2, pair_start + pairs))
+            heads = slice(2 * block_pairs.start, 2 * block_pairs.stop)
             for row_start in range(0, length, row_count):
                 rows = slice(row_start, min(length, row_start + row_count))
                 keys = slice(rows.stop if is_causal and attention_mask is None else length)
@@ -83,30 +101,51 @@ def score_bias(
     return None
 
 
-def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
+@lru_cache(maxsize=8)
+def _causal_bias(length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the `score_bias` of short causal texts whole, which every layer of every call adds and none changes."""
+    with torch.inference_mode(False):
+        return torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device="cpu").triu_(1)
+
+
+def _softmax_(scores: torch.Tensor) -> torch.Tensor:
+    """Compute the softmax over the last dimension, over the scores; in float32 or better."""
+    if scores.dtype != at_least_float32(scores.dtype):
+        return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
+    if scores.shape[-1] < LEAST_KEYS:
+        return scores.copy_(torch.softmax(scores.mT.contiguous(), dim=-2).mT)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _maps(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float, room: torch.Tensor
+) -> torch.Tensor:
     """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better.
 
     Args:
         query, key: A block's, (batch, heads, tokens, head_dim).
         bias: Broadcastable to (batch, heads, tokens, tokens), or None.
         scaling: Factor on the scores.
+        room: At least as many entries as the maps have, which are written there.
 
     Returns:
         (batch · heads, tokens, tokens).
     """
-    batch_size, num_heads = query.shape[:2]
+    batch_size, num_heads, rows, _ = query.shape
     if bias is not None and bias.ndim == 4:
         bias = bias.expand(batch_size, num_heads, *bias.shape[2:]).flatten(0, 1)
-    beta = 0 if bias is None else 1
+    shape = (batch_size * num_heads, rows, key.shape[2])
+    scores = room[: math.prod(shape)].view(shape)
     # The factor and the bias within the product: on a CPU each would be a pass over the scores.
-    scores = torch.baddbmm(
+    torch.baddbmm(
         query.new_empty(1, 1, 1) if bias is None else bias,
         query.flatten(0, 1),
         key.flatten(0, 1).transpose(1, 2),
-        beta=beta,
+        beta=0 if bias is None else 1,
         alpha=scaling,
+        out=scores,
     )
-    return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
+    return _softmax_(scores)
 
 
 def blocked_forward(
@@ -136,8 +175,9 @@ def blocked_forward(
     """
     weight = lambda_value.item()
     output = value.new_empty(value.transpose(1, 2).shape)
+    room = _room(query)
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        maps = _maps(query[batch, heads, rows], key[batch, heads, keys], bias, scaling)
+        maps = _maps(query[batch, heads, rows], key[batch, heads, keys], bias, scaling, room)
         difference = maps[0::2].sub_(maps[1::2], alpha=weight)
         block = torch.bmm(difference, value[batch, pairs, keys].flatten(0, 1))
         output[batch, rows, pairs] = block.unflatten(0, (batch.stop - batch.start, -1)).transpose(1, 2)
@@ -176,22 +216,33 @@ def _backward(
     grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
     grad_key.zero_(), grad_value.zero_()
     grad_lambda = 0.0
+    room = _room(query)
+    # Of the first and the second map's scores: dA2 is −λ·dA1.
+    factors = query.new_tensor([scaling, -weight * scaling])[:, None, None]
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
         shape = (batch.stop - batch.start, -1)
         block_query, block_key = query[batch, heads, rows], key[batch, heads, keys]
         grad = grad_output[batch, rows, pairs].transpose(1, 2).flatten(0, 1)
-        maps = _maps(block_query, block_key, bias, scaling)
+        maps = _maps(block_query, block_key, bias, scaling, room)
         grad_difference = torch.bmm(grad, value[batch, pairs, keys].flatten(0, 1).transpose(1, 2))
-        grad_lambda -= torch.linalg.vecdot(maps[1::2], grad_difference).sum(dtype=torch.float64).item()
-        grad_maps = torch.stack([grad_difference, grad_difference * -weight], dim=1).flatten(0, 1)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_maps, maps, -1, grad_maps.dtype)
-        block = torch.bmm(grad_scores, block_key.flatten(0, 1)).mul_(scaling)
+        both = maps.unflatten(0, (-1, 2))
+        # Back through both softmaxes at once: A·(dM − Σ A·dM), the sum over a row's keys.
+        grad_scores = both * grad_difference[:, None]
+        sums = grad_scores.sum(-1, keepdim=True)
+        grad_lambda -= sums[:, 1].sum(dtype=torch.float64).item()
+        grad_scores = grad_scores.addcmul_(both, sums, value=-1).flatten(0, 1)
+        block = torch.bmm(grad_scores, _scaled(block_key, factors))
         grad_query[batch, heads, rows] = block.unflatten(0, shape)
-        block = torch.bmm(grad_scores.transpose(1, 2), block_query.flatten(0, 1))
-        grad_key[batch, heads, keys].add_(block.unflatten(0, shape), alpha=scaling)
+        block = torch.bmm(grad_scores.transpose(1, 2), _scaled(block_query, factors))
+        grad_key[batch, heads, keys] += block.unflatten(0, shape)
         difference = maps[0::2].sub_(maps[1::2], alpha=weight)
         grad_value[batch, pairs, keys] += torch.bmm(difference.transpose(1, 2), grad).unflatten(0, shape)
     return grad_query, grad_key, grad_value, lambda_value.new_tensor(grad_lambda)
+
+
+def _scaled(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return a block's queries or keys, (batch, heads, tokens, head_dim), times the factors of a pair's two heads."""
+    return (states.unflatten(1, (-1, 2)) * factors).flatten(0, 2)
 
 
 def _backward_buffers(

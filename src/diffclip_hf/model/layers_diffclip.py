@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .activation_diffclip import activation_in_place
 from .attention_diffclip import (
     FUSED_ATTENTION,
     check_flash_attention,
@@ -117,7 +118,10 @@ class DiffCLIPRMSNorm(nn.Module):
         # By the vector's norm, and the scale on the weight: a pass over x fewer for each, and on a CPU half the time.
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         normed = wide * torch.rsqrt(mean_square + self.eps)
-        return (normed * (self.weight.to(wide.dtype) * scale)).to(hidden_states.dtype)
+        weight = self.weight.to(wide.dtype) * scale
+        # Over what was just made where no gradient needs it: new memory costs a CPU as much as the product.
+        normed = normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
+        return normed.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
@@ -177,7 +181,7 @@ class DiffCLIPAttention(nn.Module):
     @staticmethod
     def _split(states: torch.Tensor, width: int) -> torch.Tensor:
         """(batch, tokens, hidden_size) → (batch, hidden_size / width, tokens, width)."""
-        return states.unflatten(-1, (-1, width)).transpose(1, 2)
+        return states.view(*states.shape[:2], -1, width).transpose(1, 2)
 
     def forward(
         self,
@@ -219,7 +223,10 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
     def get_lambda(self) -> torch.Tensor:
         """Return the layer's present λ, without dimensions, in float32 or better, differentiable in its vectors."""
         with weights_in_place(self):
-            return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
+            return self._lambda()
+
+    def _lambda(self) -> torch.Tensor:
+        return compute_lambda(self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2, self.lambda_init)
 
     def _attend(
         self,
@@ -242,7 +249,7 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
             key,
             value,
             attention_mask,
-            self.get_lambda(),
+            self._lambda(),
             scaling=self.scaling,
             dropout=dropout,
             attn_implementation=attn_implementation,
@@ -273,7 +280,7 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
             key,
             value,
             attention_mask,
-            self.get_lambda(),
+            self._lambda(),
             self.diff_norm.weight,
             scaling=self.scaling,
             is_causal=is_causal,
@@ -293,7 +300,9 @@ class DiffCLIPMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return (batch, tokens, hidden_size), of the same shape."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        in_place = None if torch.is_grad_enabled() else activation_in_place(self.activation_fn, self.fc1)
+        return self.fc2((in_place or self.activation_fn)(hidden_states))
 
 
 class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
