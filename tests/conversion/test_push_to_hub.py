@@ -18,8 +18,8 @@ from tolerances import PARITY_WITH_ORIGINAL, relative_error
 from diffclip_hf import DiffCLIPConfig
 from diffclip_hf.common.remote_code import CODE_FILES
 from diffclip_hf.conversion import convert_original_checkpoint, push_to_hub
-from diffclip_hf.conversion.convert_original_checkpoint import REPORT_FILE
 from diffclip_hf.conversion.model_card import Card, CardError, render_card
+from diffclip_hf.conversion.report import REPORT_FILE
 
 
 SCRIPT = Path(__file__).parents[2] / "conversion" / "push_to_hub.py"

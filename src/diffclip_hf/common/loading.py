@@ -20,7 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import extract_commit_hash
 
 from ..model.image_fetching_diffclip import one_line
 from .commands import closest, first_line, require_extra
@@ -199,6 +200,23 @@ def load_config(name: str | os.PathLike, config_class: Any = AutoConfig, **optio
             f"{config_class.model_type!r}."
         )
     return config
+
+
+def commit_of(name: str | os.PathLike, **options: Any) -> str | None:
+    """Return the commit of a model on the Hub, None of a folder; newer releases of Transformers keep none.
+
+    Args:
+        name: A folder or an id on the Hub.
+        options: As in `from_pretrained`.
+
+    Raises:
+        ValueError: There's no such model.
+    """
+    source = _model_folder(name, options, CONFIG)
+    if Path(source).is_dir():
+        return None
+    with _named(source, "configuration"):
+        return extract_commit_hash(cached_file(source, CONFIG, **options), None)
 
 
 def _check_kind(source: str, config: PreTrainedConfig, model_class: Any) -> None:
@@ -480,6 +498,7 @@ __all__ = [
     "check_image_processor",
     "check_path",
     "check_tokenizer",
+    "commit_of",
     "find_source",
     "is_local",
     "load_config",

@@ -122,6 +122,14 @@ def add_remote_code(folder: str | os.PathLike) -> None:
         write_text_whole(path, json_text(content))
 
 
+def _with_image_processor(content: dict[str, Any]) -> dict[str, Any]:
+    """Return an image processor's fields, with an `auto_map` unless it is one of Transformers' own."""
+    known = content.get("image_processor_type", "DiffCLIP")
+    if not str(known).startswith("DiffCLIP"):
+        return content
+    return {**content, "auto_map": _IMAGE_PROCESSOR_AUTO_MAP}
+
+
 def _processor_files(folder: Path) -> dict[Path, dict[str, Any]]:
     """Return the processor's files that are there and are of this package's classes, with their `auto_map`."""
     found = {}
@@ -131,11 +139,11 @@ def _processor_files(folder: Path) -> dict[Path, dict[str, Any]]:
         if "image_processor" in content:
             if not isinstance(content["image_processor"], dict):
                 raise ValueError(f"image_processor in {processor_file} must be an object.")
-            content["image_processor"] = {**content["image_processor"], "auto_map": _IMAGE_PROCESSOR_AUTO_MAP}
+            content["image_processor"] = _with_image_processor(content["image_processor"])
         found[processor_file] = content
     image_processor_file = folder / "preprocessor_config.json"
     if image_processor_file.is_file():
-        found[image_processor_file] = {**read_json_object(image_processor_file), "auto_map": _IMAGE_PROCESSOR_AUTO_MAP}
+        found[image_processor_file] = _with_image_processor(read_json_object(image_processor_file))
     tokenizer_file = folder / "tokenizer_config.json"
     if tokenizer_file.is_file():
         content = read_json_object(tokenizer_file)

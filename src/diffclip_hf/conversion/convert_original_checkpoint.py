@@ -14,7 +14,6 @@ how closely, and what was assumed.
 import argparse
 import logging
 import math
-import platform
 import re
 import sys
 from collections import Counter
@@ -22,14 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import numpy as np
-import safetensors
 import torch
-import transformers
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-import diffclip_hf
 from diffclip_hf import (
     DiffCLIPConfig,
     DiffCLIPImageProcessorPil,
@@ -40,15 +34,14 @@ from diffclip_hf import (
 )
 
 from ..common.commands import CommandParser, run_command, started_as
-from ..common.json_files import json_text
 from ..common.loading import check_tokenizer, load_tokenizer
 from ..common.whole_files import check_output_folder, written_whole
-from ..model.hub_cache_diffclip import sha256_of
 from .clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
 from .download import KNOWN_REPOSITORIES, download_checkpoint
 from .original_checkpoint import ConversionError, check_tensors, listed, load_state_dict
 from .original_keys import key_table_of
 from .parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
+from .report import assume, describe_file, write_report
 
 
 logger = logging.getLogger("convert_original_checkpoint")
@@ -69,13 +62,6 @@ MAX_VOCABULARY, MAX_TOKENS, MAX_SIDE = 10_000_000, 4096, 2048
 SLIP_VISION_HEADS = {384: 12}
 # SLIP's head for the self-supervised loss, of no use after training.
 SELF_SUPERVISED_HEAD = "image_mlp."
-REPORT_FILE = "conversion_report.json"
-
-
-def assume(assumptions: list[str], message: str) -> None:
-    """Log and note what the checkpoint doesn't tell."""
-    logger.warning("%s", message)
-    assumptions.append(message)
 
 
 def _shape(state_dict: Mapping[str, torch.Tensor], key: str, dimensions: int) -> torch.Size:
@@ -335,17 +321,15 @@ def write_folder(
     add_remote_code(folder)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's size in bytes and SHA-256."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
 def variant_of(config: DiffCLIPConfig) -> str:
-    """Return which of the paper's models a configuration is, or "other"."""
-    towers = [tower.attention_type == "differential" for tower in (config.vision_config, config.text_config)]
-    for name, (vision, text, lambda_init) in VARIANTS.items():
+    """Return which of the paper's models a configuration is, "openai-clip" for a CLIP of others, or "other"."""
+    vision, text = config.vision_config, config.text_config
+    towers = [tower.attention_type == "differential" for tower in (vision, text)]
+    if vision.pre_layernorm or not vision.patch_bias:
+        return "other" if any(towers) else "openai-clip"
+    for name, (*differential, lambda_init) in VARIANTS.items():
         # A model without differential towers has no λ_init.
-        if [vision, text] == towers and (not any(towers) or config.vision_config.lambda_init == lambda_init):
+        if differential == towers and (not any(towers) or vision.lambda_init == lambda_init):
             return name
     return "other"
 
@@ -447,15 +431,7 @@ def convert(args: argparse.Namespace) -> None:
     path, variant, source = resolve_source(args)
     with written_whole(folder) as beside:
         report = convert_checked(path, beside, args, variant, tokenizer)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, safetensors, np)}
-        versions |= {"diffclip_hf": diffclip_hf.__version__, "huggingface_hub": huggingface_hub.__version__}
-        report = {
-            "source": {**source, **describe_file(path)},
-            **report,
-            "files": {file.name: describe_file(file) for file in sorted(beside.iterdir())},
-            "versions": {**versions, "python": platform.python_version()},
-        }
-        (beside / REPORT_FILE).write_text(json_text(report), encoding="utf-8")
+        write_report(beside, {"source": {**source, **describe_file(path)}, **report})
     logger.info("Wrote %s: %s, %d parameters.", folder, report["variant"], report["parameters"]["total"])
 
 

@@ -87,15 +87,17 @@ def preprocessing(folder: Path) -> str:
         images = read_json_object(path)["image_processor"]
         edge, crop = images["size"]["shortest_edge"], images["crop_size"]
         mean, std = (", ".join(f"{value:g}" for value in images[name]) for name in ("image_mean", "image_std"))
-        sides = f"{crop['height']}×{crop['width']}"
+        sides, kind = f"{crop['height']}×{crop['width']}", str(images["image_processor_type"])
     except (KeyError, TypeError, ValueError) as error:
         raise CardError(
             f"{path} isn't of DiffCLIP's image processor ({type(error).__name__}: {error}); it must have "
-            "size.shortest_edge, crop_size, image_mean and image_std."
+            "image_processor_type, size.shortest_edge, crop_size, image_mean and image_std."
         ) from error
+    # Transformers' own drop it.
+    over_white = "Transparency is laid over white. " if kind.startswith("DiffCLIP") else ""
     return (
         f"Images: shorter edge to {edge} pixels, centre crop of {sides}, values from 0 to 1, then mean ({mean}) and "
-        f"standard deviation ({std}). Transparency is laid over white. Texts: CLIP's byte-pair tokens, lower case, "
+        f"standard deviation ({std}). {over_white}Texts: CLIP's byte-pair tokens, lower case, "
         "between a start and an end token. `AutoProcessor` does all of it."
     )
 
@@ -141,6 +143,8 @@ def paper_figures(
     """Return the paper's figures of a variant and training data, or why there are none."""
     if source in data["synthclip"]:
         return "DiffCLIP's paper has no figures of this model: it is of SynthCLIP, by the same authors."
+    if variant == "openai-clip":
+        return "DiffCLIP's paper has no figures of this model, which is none of its four."
     if not is_vitb16(config):
         return "The paper reports ViT-B/16 models; this one has other sizes, so none of its figures apply."
     if dataset is None:
@@ -182,11 +186,16 @@ def conversion(report: dict[str, Any] | None) -> str:
 
 def _conversion(report: dict[str, Any]) -> str:
     gate, source, parameters = report["gate"], report["source"], report["parameters"]
-    where = f" of `{source['repo_id']}` at `{source['commit']}`" if "repo_id" in source else ""
+    at = f" at `{source['commit']}`" if "repo_id" in source else ""
+    if "file" in source:
+        where = f" of `{source['repo_id']}`{at}" if at else ""
+        origin = f"`{source['file']}`{where} (SHA-256 `{source['sha256']}`)"
+        reference = "a forward pass written from the original's formulas"
+    else:
+        origin, reference = f"the `CLIPModel` `{source['model']}`{at}", "Transformers' own classes"
     parts = [
-        f"Converted from `{source['file']}`{where} (SHA-256 `{source['sha256']}`), and compared in {gate['dtype']} "
-        f"with a forward pass written from the original's formulas. Largest error {gate['largest_error']:.1e}, "
-        f"allowed {gate['limit']:.0e}; an error is the {gate['error_is']}.",
+        f"Converted from {origin}, and compared in {gate['dtype']} with {reference}. Largest error "
+        f"{gate['largest_error']:.1e}, allowed {gate['limit']:.0e}; an error is the {gate['error_is']}.",
         f"Parameters: {parameters['total']:,}, of them {parameters['vision']:,} in the image tower and "
         f"{parameters['text']:,} in the text tower.",
     ]
@@ -218,6 +227,7 @@ def _conversion(report: dict[str, Any]) -> str:
 
 def front_matter(card: Card, variant: str, source: str | None, dataset: str | None, data: dict[str, Any]) -> str:
     """Return the metadata that the Hub reads, as YAML."""
+    plain = variant in ("clip", "openai-clip")
     return ModelCardData(
         license=card.license,
         # Both training sets that are known here have English captions.
@@ -227,7 +237,7 @@ def front_matter(card: Card, variant: str, source: str | None, dataset: str | No
         datasets=[data["datasets"][dataset]["id"]] if dataset else None,
         base_model=source,
         metrics=["accuracy", "recall"],
-        tags=["diffclip", "clip", "vision"] + (["differential-attention"] if variant != "clip" else []),
+        tags=["diffclip", "clip", "vision"] + ([] if plain else ["differential-attention"]),
     ).to_yaml()
 
 

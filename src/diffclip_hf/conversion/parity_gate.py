@@ -29,12 +29,18 @@ def random_inputs(config: DiffCLIPConfig) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     vision, text = config.vision_config, config.text_config
     pixel_values = torch.randn(2, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
-    length = text.max_position_embeddings
-    input_ids = torch.randint(1, text.vocab_size - 2, (3, length), generator=generator)
-    input_ids[:, 0] = text.vocab_size - 2
-    for row, end in enumerate((length - 1, length // 2, 2)):
-        input_ids[row, end] = text.vocab_size - 1
-        input_ids[row, end + 1 :] = 0
+    length, start = text.max_position_embeddings, text.bos_token_id
+    end: Any = text.eos_token_id
+    # Below the end's id first: where texts are pooled at the largest id, there is no larger one.
+    words = [token for token in range(1, end) if token != start] or [
+        token for token in range(text.vocab_size) if token not in (start, end)
+    ]
+    input_ids = torch.tensor(words)[torch.randint(len(words), (3, length), generator=generator)]
+    if start is not None:
+        input_ids[:, 0] = start
+    for row, place in enumerate((length - 1, length // 2, min(2, length - 1))):
+        input_ids[row, place] = end
+        input_ids[row, place + 1 :] = 0
     return {"pixel_values": pixel_values, "input_ids": input_ids}
 
 
@@ -86,7 +92,7 @@ def reference_outputs(state_dict: Mapping[str, torch.Tensor], config: DiffCLIPCo
 
 
 @torch.inference_mode()
-def converted_outputs(model: DiffCLIPModel, inputs: Inputs) -> Inputs:
+def converted_outputs(model: Any, inputs: Mapping[str, Any]) -> Inputs:
     """Return what the converted model computes, under the reference's names."""
     out = model(**inputs, output_hidden_states=True)
     return {
@@ -122,21 +128,23 @@ def output_errors(found: Inputs, expected: Inputs, inputs: Inputs) -> dict[str, 
     return errors
 
 
-def run_gate(folder: Path, all_inputs: Mapping[str, Inputs], expected: Mapping[str, Inputs]) -> dict[str, Any]:
-    """Load the folder and compare it with the reference, under every attention implementation, in float32.
+def measure(
+    model: Any, all_inputs: Mapping[str, Inputs], expected: Mapping[str, Inputs], limit: float = MAX_ERROR
+) -> dict[str, Any]:
+    """Compare a model with the reference, under every attention implementation.
 
     Args:
-        folder: What the conversion wrote.
+        model: A `DiffCLIPModel`, or a `CLIPModel`.
         all_inputs: Name of a set of inputs → inputs.
         expected: The same names → the reference's outputs.
+        limit: The largest error that is allowed, of an output's largest magnitude.
 
     Returns:
-        For the report: the limit, the largest error, every error, and the λ of each layer of a differential tower.
+        For the report: the limit, the largest error and every error.
 
     Raises:
-        ConversionError: An output departs by more than `MAX_ERROR` of its largest magnitude, or holds NaN.
+        ConversionError: An error is beyond the limit, or an output holds NaN.
     """
-    model = DiffCLIPModel.from_pretrained(folder, dtype=torch.float32)
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for name, inputs in all_inputs.items():
         errors[name] = {}
@@ -150,28 +158,47 @@ def run_gate(folder: Path, all_inputs: Mapping[str, Inputs], expected: Mapping[s
         for output, error in by_output.items()
     }
     # NaN is not below the limit.
-    over = [f"{name} by {error:.1e}" for name, error in flat.items() if not error <= MAX_ERROR]
+    over = [f"{name} by {error:.1e}" for name, error in flat.items() if not error <= limit]
     if over:
         raise ConversionError(
-            f"The converted model departs from the original by more than {MAX_ERROR:g} of the largest magnitude, so "
+            f"The converted model departs from the original by more than {limit:g} of the largest magnitude, so "
             f"nothing is written: {'; '.join(over)}."
         )
     largest = max(flat, key=lambda name: flat[name])
     logger.info("The largest error against the original is %.1e, of %s.", flat[largest], largest)
     return {
-        "gate": {
-            "dtype": "float32",
-            "limit": MAX_ERROR,
-            "largest_error": flat[largest],
-            "errors": errors,
-            "error_is": "largest absolute difference / largest magnitude of the original's output",
-        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "limit": limit,
+        "largest_error": flat[largest],
+        "errors": errors,
+        "error_is": "largest absolute difference / largest magnitude of the original's output",
+    }
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Return how many parameters a whole model and its towers have."""
+    towers = {"total": model, "vision": model.vision_model, "text": model.text_model}
+    return {name: tower.num_parameters() for name, tower in towers.items()}
+
+
+def run_gate(folder: Path, all_inputs: Mapping[str, Inputs], expected: Mapping[str, Inputs]) -> dict[str, Any]:
+    """Load the folder and compare it with the reference, as `measure` does, in float32.
+
+    Args:
+        folder: What the conversion wrote.
+        all_inputs, expected: As in `measure`.
+
+    Returns:
+        For the report: what `measure` returns, and the λ of each layer of a differential tower.
+
+    Raises:
+        ConversionError: As `measure` raises it.
+    """
+    model = DiffCLIPModel.from_pretrained(folder, dtype=torch.float32)
+    return {
+        "gate": measure(model, all_inputs, expected),
         "lambda": {"vision": _lambdas(model.vision_model), "text": _lambdas(model.text_model)},
-        "parameters": {
-            "total": model.num_parameters(),
-            "vision": model.vision_model.num_parameters(),
-            "text": model.text_model.num_parameters(),
-        },
+        "parameters": count_parameters(model),
     }
 
 

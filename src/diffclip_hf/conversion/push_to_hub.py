@@ -29,10 +29,10 @@ from ..common.loading import load_config, load_processor
 from ..common.remote_code import CODE_FILES, WEIGHTS, files_to_share
 from ..model.hub_cache_diffclip import sha256_of
 from ..model.image_fetching_diffclip import one_line
-from .convert_original_checkpoint import REPORT_FILE
 from .convert_to_original import check_layers
 from .model_card import Card, render_card
 from .parity_gate import MAX_ERROR
+from .report import REPORT_FILE
 
 
 logger = logging.getLogger("push_to_hub")
