@@ -29,7 +29,7 @@ class _GatherRows(torch.autograd.Function):
         return summed[dist.get_rank()].to(gradient.dtype)
 
 
-def _gather_pairs(
+def gather_pairs(
     text_embeds: torch.Tensor, image_embeds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return every process's texts and images, differentiably, and which of them are the local ones."""
@@ -102,7 +102,7 @@ def image_text_contrastive_loss(
     scale = logit_scale.exp().to(text_embeds.device)
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return symmetric_cross_entropy(scale * text_embeds @ image_embeds.t())
-    all_text_embeds, all_image_embeds, targets = _gather_pairs(text_embeds, image_embeds)
+    all_text_embeds, all_image_embeds, targets = gather_pairs(text_embeds, image_embeds)
     text_loss = cross_entropy(scale * text_embeds @ all_image_embeds.t(), targets, reduction="sum")
     image_loss = cross_entropy(scale * image_embeds @ all_text_embeds.t(), targets, reduction="sum")
     return (text_loss + image_loss) / 2 * dist.get_world_size() / max(1, len(all_text_embeds))

@@ -127,6 +127,7 @@ def run(
         processing_class=parts.processor,
         compute_metrics=parts.compute_metrics,
         zero_shot=parts.zero_shot,
+        teacher=parts.teacher,
     )
     _log_size(parts.model, training_args)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

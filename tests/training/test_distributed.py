@@ -93,7 +93,7 @@ def world_size() -> int:
 
 def run_trainer(folder: Path, cls: type = DiffCLIPTrainer, resume: bool | None = None, **kwargs) -> dict:
     """Train for two steps of 8 pairs altogether and evaluate; return what can be compared."""
-    names = {"train_dataset", "eval_dataset", "data_collator", "zero_shot", "processing_class"}
+    names = {"train_dataset", "eval_dataset", "data_collator", "zero_shot", "processing_class", "teacher"}
     parts = {"train_dataset": Pairs(), "eval_dataset": Pairs(11), "data_collator": collate}
     model = kwargs.pop("model", None) or tiny_model()
     parts |= {key: kwargs.pop(key) for key in names & kwargs.keys()}
@@ -132,18 +132,36 @@ def trained(folder: Path) -> dict[str, dict]:
             num_train_epochs=2,
             contrastive_chunk_size=1,
         ),
+        "locked": run_trainer(folder / "locked", lock="text", layer_decay=0.5),
+        "locked in chunks": run_trainer(folder / "locked-chunks", lock="image", contrastive_chunk_size=3),
+        "taught": run_trainer(folder / "taught", teacher=tiny_model(seed=1)),
+        # Batches of 8, of 8 and of 3 rows, for a teacher with embeddings of another width.
+        "taught in chunks": run_trainer(
+            folder / "taught-chunks",
+            train_dataset=Pairs(19),
+            max_steps=3,
+            teacher=tiny_model(seed=1, projection_dim=16),
+            contrastive_chunk_size=1,
+        ),
     }
 
 
 # FSDP has an activation checkpointing of its own.
 CHECKPOINTED = {"activation_checkpointing": True}
-SHARDED = {"default": {}, "chunks": {"contrastive_chunk_size": 3}, "checkpointing": {"contrastive_chunk_size": 2}}
+SHARDED = {
+    "default": {},
+    "chunks": {"contrastive_chunk_size": 3},
+    "checkpointing": {"contrastive_chunk_size": 2},
+    "locked": {"lock": "image", "layer_decay": 0.5, "optim": "adamw_torch", "adam_epsilon": 0.1},
+    "taught": {"teacher": 1},
+}
 
 
 def sharded(folder: Path) -> dict[str, dict]:
     """In one process without FSDP2, which needs several."""
     results = {}
     for name, kwargs in SHARDED.items():
+        kwargs = {key: tiny_model(value) if key == "teacher" else value for key, value in kwargs.items()}
         if world_size() > 1:
             config = {"transformer_layer_cls_to_wrap": ["DiffCLIPEncoderLayer"]}
             kwargs = kwargs | {"fsdp": True, "fsdp_config": config | (CHECKPOINTED if name == "checkpointing" else {})}
@@ -181,10 +199,14 @@ def assert_same_run(actual: dict, expected: dict) -> None:
     assert_same(actual["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("name", ["stock", "ours", "chunks", "checkpointing", "zero-shot", "stream", "uneven"])
+RUNS = ("stock", "ours", "chunks", "checkpointing", "zero-shot", "stream", "uneven")
+RUNS += ("locked", "locked in chunks", "taught", "taught in chunks")
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_and_evaluate_as_one_does(name, runs):
     one = runs[0][name]
-    assert one["steps"] == {"zero-shot": 1, "stream": 6, "uneven": 4}.get(name, 2)
+    assert one["steps"] == {"zero-shot": 1, "stream": 6, "uneven": 4, "taught in chunks": 3}.get(name, 2)
     assert one["metrics"].keys() >= (set() if name == "stock" else {"eval_loss", "eval_text_to_image_recall@5"})
     assert ("eval_zero_shot_accuracy" in one["metrics"]) == (name == "zero-shot")
     for process in runs[1]:

@@ -38,6 +38,8 @@ PLACE_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "toke
 POOLS_AT_END = ("diffclip_text_model", "clip_text_model")
 # Towers that take images of one size alone.
 FIXED_SIZE = ("diffclip_vision_model", "clip_vision_model")
+# Trained on texts of full length without a mask, so that their padding counts.
+FULL_LENGTH_MODELS = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
 # What CLIP's first configurations have instead of the id; their text towers pool at the largest id.
 OLD_END = 2
 # Everything that Transformers raises for files that are missing, damaged or of another kind.

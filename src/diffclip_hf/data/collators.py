@@ -154,7 +154,9 @@ class _ImageCollator:
 
     def _size(self) -> tuple[int, int]:
         """Return the width and height of the model's images in pixels."""
-        size = self.processor.image_processor.crop_size
+        image_processor = self.processor.image_processor
+        # Another model's, of a teacher, may cut nothing.
+        size = getattr(image_processor, "crop_size", None) or image_processor.size
         return size["width"], size["height"]
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -224,7 +226,52 @@ class ImageTextCollator(_ImageCollator):
         # Without a text the tokenizer makes no tensors, so one is tokenized and cut off again.
         texts = targets or [""]
         tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
-        return {name: tokens[name][: len(targets)] for name in ("input_ids", "attention_mask")} | {"return_loss": True}
+        names = [name for name in ("input_ids", "attention_mask") if name in tokens]
+        return {name: tokens[name][: len(targets)] for name in names} | {"return_loss": True}
+
+
+class TeacherCollator:
+    """Makes a batch with a teacher's own inputs, `teacher_pixel_values` and so on, beside the model's.
+
+    Both are made of the same rows, crops and captions, since what is drawn depends on the seed, the epoch and the
+    image alone. It's for a teacher with another tokenizer, image size, mean or standard deviation than the model's.
+
+    Args:
+        collator: An `ImageTextCollator` of the model's processor.
+        teacher_collator: Another of the teacher's processor, with the same options. It pads to the full length where
+            the teacher was trained so, as SigLIP was.
+
+    Raises:
+        ValueError: The two draw or read differently.
+    """
+
+    def __init__(self, collator: ImageTextCollator, teacher_collator: ImageTextCollator):
+        for name in ("train", "crop_scale", "seed", "image_column", "caption_column"):
+            own, theirs = getattr(collator, name), getattr(teacher_collator, name)
+            if own != theirs:
+                raise ValueError(
+                    f"{name} is {own!r} in the model's collator and {theirs!r} in the teacher's; it must be one."
+                )
+        self.collator, self.teacher_collator = collator, teacher_collator
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """As `ImageTextCollator.counts`."""
+        return self.collator.counts
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `ImageTextCollator.set_epoch`."""
+        self.collator.set_epoch(epoch)
+        self.teacher_collator.set_epoch(epoch)
+
+    def check(self, counts: Mapping[str, int] | None = None) -> None:
+        """As `ImageTextCollator.check`."""
+        self.collator.check(counts)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        theirs = self.teacher_collator(rows) if batch else {}
+        return batch | {f"teacher_{name}": value for name, value in theirs.items() if name != "return_loss"}
 
 
 class ImageLabelCollator(_ImageCollator):
@@ -268,4 +315,4 @@ class ImageLabelCollator(_ImageCollator):
         return {"labels": torch.tensor(targets, dtype=torch.int64)}
 
 
-__all__ = ["ImageLabelCollator", "ImageTextCollator"]
+__all__ = ["ImageLabelCollator", "ImageTextCollator", "TeacherCollator"]

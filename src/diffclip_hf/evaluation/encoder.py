@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..common.embedding_cache import EmbeddingCache
 from ..common.keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
-from ..common.loading import check_device, load_model, load_processor
+from ..common.loading import FULL_LENGTH_MODELS, check_device, load_model, load_processor
 from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 TEXT_BATCH_SIZE = 128
-# Trained on texts of full length without a mask, so that their padding counts.
-FULL_LENGTH_MODELS = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
 
 
 def check_clip_like(model: PreTrainedModel) -> None:

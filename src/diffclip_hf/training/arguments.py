@@ -1,10 +1,13 @@
 """The trainer's arguments, and which of them a model can't be trained with."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+
+from .fine_tuning import TOWERS
 
 
 logger = logging.getLogger(__name__)
@@ -23,9 +26,14 @@ class DiffCLIPTrainingArguments(TrainingArguments):
     Args:
         contrastive_chunk_size: The most pairs that go through the model at once; by default all of a process's batch,
             `per_device_train_batch_size`. The gradient is that of the whole batch either way.
+        lock: The tower that isn't trained, `"image"` or `"text"`, with its projection; the logit scale still is.
+        layer_decay: What the learning rate is multiplied by for each layer further down, in 0..1, not 0; see
+            `decay_by_depth`.
+        distill_weight, distill_feature_weight: As `weight` and `feature_weight` of `distillation_loss`, which is added
+            to the contrastive loss where `DiffCLIPTrainer` has a `teacher`.
 
     Raises:
-        ValueError: `contrastive_chunk_size` is below 1; or as `TrainingArguments` raises.
+        ValueError: One of these isn't what is allowed; or as `TrainingArguments` raises.
     """
 
     contrastive_chunk_size: int | None = field(
@@ -33,6 +41,31 @@ class DiffCLIPTrainingArguments(TrainingArguments):
         metadata={
             "help": "How many pairs go through the model at once. The gradient is still that of the whole batch of "
             "per_device_train_batch_size pairs; only a chunk has to fit in memory, and the model runs forward twice."
+        },
+    )
+    lock: str | None = field(
+        default=None,
+        metadata={
+            "help": "Leave a tower and its projection as they are (LiT): image or text.",
+            "choices": list(TOWERS),
+        },
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate by this for each layer further down: 0.75 gives the last layers 0.75 "
+            "of learning_rate, those below 0.5625, and the embeddings the least.",
+            "metavar": "FACTOR",
+        },
+    )
+    distill_weight: float = field(
+        default=1.0, metadata={"help": "What the teacher's softmaxes count for beside the contrastive loss."}
+    )
+    distill_feature_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the cosine to the teacher's embeddings counts for; by default 1, or 0 where these have "
+            "another width."
         },
     )
     remove_unused_columns: bool = field(
@@ -56,6 +89,14 @@ class DiffCLIPTrainingArguments(TrainingArguments):
                 f"contrastive_chunk_size is {self.contrastive_chunk_size}; it must be at least 1, or None for the "
                 "whole batch."
             )
+        if self.lock not in (None, *TOWERS):
+            raise ValueError(f"lock is {self.lock!r}; it must be {' or '.join(TOWERS)}.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; it must be in 0..1, not 0.")
+        for name in ("distill_weight", "distill_feature_weight"):
+            weight = getattr(self, name)
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}; it must be at least 0.")
 
 
 def check_arguments(trainer: Any) -> None:
@@ -106,6 +147,7 @@ def _without_effect(trainer: Any) -> list[Refusal]:
             "dataloader_num_workers is 0",
         ),
         ("use_cache", args.use_cache, "DiffCLIP generates nothing"),
+        ("layer_decay", args.layer_decay and trainer.optimizer, "the optimizer is ready made, with its own rates"),
         ("eval_use_gather_object", args.eval_use_gather_object, "what is gathered are tensors"),
         ("split_batches", sharing.split_batches, "per_device_train_batch_size is each process's own"),
         ("use_seedable_sampler=False", several and not sharing.use_seedable_sampler, "all processes draw one order"),
@@ -120,6 +162,8 @@ def _contrastive_alone(trainer: Any) -> list[Refusal]:
     return [
         ("contrastive_chunk_size", args.contrastive_chunk_size is not None, f"{name} has no contrastive loss"),
         ("zero_shot", trainer.zero_shot is not None, f"{name} has no contrastive loss"),
+        ("teacher", trainer.teacher is not None, f"{name} has no contrastive loss"),
+        ("lock", args.lock is not None, f"{name} has one tower"),
         ("neftune_noise_alpha", args.neftune_noise_alpha, f"{name} has no token embeddings"),
         ("include_num_input_tokens_seen", args.include_num_input_tokens_seen != "no", f"{name} takes no tokens"),
     ]
@@ -129,10 +173,12 @@ def _unlike_contrastive(trainer: Any) -> list[Refusal]:
     """List what has no effect on a contrastive model, or goes against its loss."""
     args = trainer.args
     chunks = args.contrastive_chunk_size is not None
+    idle_weights = trainer.teacher is None and (args.distill_weight, args.distill_feature_weight) != (1, None)
     optimizer = str(getattr(args.optim, "value", args.optim))
     own_loss = "a contrastive model has its own loss"
     own_metrics = "a contrastive model is evaluated on all its embeddings"
     return [
+        ("distill_weight or distill_feature_weight", idle_weights, "there's no teacher"),
         ("label_smoothing_factor", args.label_smoothing_factor, own_loss),
         ("compute_loss_func", trainer.compute_loss_func is not None, own_loss),
         ("compute_metrics", trainer.compute_metrics is not None, own_metrics),

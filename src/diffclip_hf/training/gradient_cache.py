@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..model.loss_diffclip import image_text_contrastive_loss
+from .distillation import Loss
 
 
 def _number_of_chunks(rows: torch.Tensor, chunk_size: int) -> int:
@@ -71,8 +72,9 @@ def backward_in_chunks(
     *,
     synchronise: bool = True,
     divisor: float = 1.0,
+    loss_of: Loss = image_text_contrastive_loss,
 ) -> torch.Tensor:
-    """Add to each parameter the gradient of `image_text_contrastive_loss` of the whole batch; return the loss.
+    """Add to each parameter the gradient of a contrastive loss of the whole batch; return the loss.
 
     The chunks are encoded without gradients; the loss of all embeddings, those of other processes too, gives the
     gradient of each embedding; and each chunk is encoded again, with the same dropout masks, to take these gradients
@@ -92,6 +94,7 @@ def backward_in_chunks(
         no_sync: Returns a context in which gradients aren't synchronised, as `Accelerator.no_sync`.
         synchronise: Whether the last chunk synchronises gradients, as in the last step of gradient accumulation.
         divisor: What the loss is divided by, as in gradient accumulation.
+        loss_of: Takes the batch's texts, images and logit scale, as `image_text_contrastive_loss` does.
 
     Returns:
         The local loss over `divisor`, detached, without dimensions.
@@ -105,7 +108,7 @@ def backward_in_chunks(
     leaves = [text_embeds, image_embeds, logit_scale().detach().clone()]
     for leaf in leaves:
         leaf.requires_grad_()
-    loss = image_text_contrastive_loss(*leaves) / divisor
+    loss = loss_of(*leaves) / divisor
     text_gradient, image_gradient, scale_gradient = torch.autograd.grad(loss, leaves)
     gradients = zip(text_gradient.tensor_split(count), image_gradient.tensor_split(count), strict=True)
 

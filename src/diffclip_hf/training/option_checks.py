@@ -48,10 +48,15 @@ EFFECTS = (
     _Effect(("tokenizer",), lambda model, data, args: model.model_config is not None, "without model_config"),
     _Effect(("lora_alpha", "lora_dropout"), lambda model, data, args: model.lora_rank > 0, "without lora_rank"),
     _Effect(
+        ("distill_weight", "distill_feature_weight"),
+        lambda model, data, args: model.teacher is not None,
+        "without teacher",
+    ),
+    _Effect(
         ("linear_probe",), lambda model, data, args: model.task == CLASSIFICATION, f"without task={CLASSIFICATION!r}"
     ),
     _Effect(
-        ("caption_column", "pad_to_max_length", "contrastive_chunk_size", "zero_shot_data"),
+        ("caption_column", "pad_to_max_length", "contrastive_chunk_size", "zero_shot_data", "lock", "teacher"),
         lambda model, data, args: model.task == CONTRASTIVE,
         f"without task={CONTRASTIVE!r}",
     ),

@@ -22,6 +22,7 @@ class ModelArguments:
         lora_rank: The rank of LoRA adapters on the attention's projections, which alone are trained; 0 for none.
         lora_alpha: Their scale, over the rank; by default twice the rank.
         lora_dropout: The dropout before them.
+        teacher: For distillation, a frozen model of Transformers to learn from besides, a folder or an id on the Hub.
         attn_implementation: As in `from_pretrained`.
     """
 
@@ -55,6 +56,14 @@ class ModelArguments:
     )
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale. Twice the rank by default."})
     lora_dropout: float = field(default=0.0, metadata={"help": "The dropout before LoRA's adapters."})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep near to a frozen model, DiffCLIP or another CLIP of Transformers (distillation): a "
+            "folder or an id on the Hub. It may be the one that is fine-tuned.",
+            "metavar": "MODEL",
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "What computes attention, such as eager or sdpa; as in from_pretrained.", "metavar": "NAME"},

@@ -26,15 +26,17 @@ def _names(arguments: type) -> set[str]:
 
 
 BATCH = {"global_batch_size", "contrastive_chunk_size"}
+KEEPING = {"lock", "layer_decay", "teacher", "distill_weight", "distill_feature_weight"}
 GROUPS = (
-    OptionGroup("what is trained", "Give model_name_or_path or model_config.", _names(ModelArguments)),
+    OptionGroup("what is trained", "Give model_name_or_path or model_config.", _names(ModelArguments) - KEEPING),
     OptionGroup("what it is trained and evaluated on", "train_data is required.", _names(DataArguments) - BATCH),
     OptionGroup("how large a batch is", None, BATCH),
+    OptionGroup("how a fine-tuned model forgets less", "Each can be used with the others.", KEEPING),
     OptionGroup(
         "how it is trained (Transformers' TrainingArguments)",
         "The ones that are needed most: output_dir, num_train_epochs or max_steps, per_device_train_batch_size, "
         "learning_rate, warmup_steps, bf16, eval_strategy, save_steps, resume_from_checkpoint.",
-        _names(DiffCLIPTrainingArguments) - BATCH,
+        _names(DiffCLIPTrainingArguments) - BATCH - KEEPING,
     ),
 )
 # Options of Transformers that have no effect here, and are refused where they ask for one.

@@ -1,19 +1,30 @@
 """The two tasks of the command, and what each gives the trainer: a model, data and collators."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..data import ImageLabelCollator, ImageTextCollator, load_image_label_dataset, load_image_text_dataset
+from ..common.loading import FULL_LENGTH_MODELS
+from ..data import (
+    ImageLabelCollator,
+    ImageTextCollator,
+    TeacherCollator,
+    load_image_label_dataset,
+    load_image_text_dataset,
+)
 from ..data.label_names import check_seen, match_labels, renumbered
 from ..model.processing_diffclip import DiffCLIPProcessor
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments
 from .metrics import ZeroShotTask
-from .models import build_model, classifier_labels
+from .models import build_model, build_teacher, classifier_labels, processor_differences
 from .options import DataArguments, ModelArguments, zero_shot_templates
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -28,6 +39,7 @@ class Parts:
     eval_collator: Any
     zero_shot: ZeroShotTask | None = None
     compute_metrics: Any = None
+    teacher: Any = None
 
 
 def contrastive_parts(
@@ -49,14 +61,15 @@ def contrastive_parts(
             max_skipped_share=data_args.max_skipped_share,
         )
 
-    def collator(train: bool) -> ImageTextCollator:
+    def collator(train: bool, processor: Any = processor, **changes: Any) -> ImageTextCollator:
+        options = {"pad_to_max_length": data_args.pad_to_max_length} | changes
         return ImageTextCollator(
             processor,
             train=train,
             crop_scale=data_args.crop_scale,
             seed=training_args.seed,
             max_skipped_share=data_args.max_skipped_share,
-            pad_to_max_length=data_args.pad_to_max_length,
+            **options,
         )
 
     assert data_args.train_data is not None
@@ -78,6 +91,14 @@ def contrastive_parts(
         parts.eval_dataset = load(data_args.eval_data, data_args.eval_split, size, 0)
     if data_args.zero_shot_data is not None:
         parts.zero_shot = _zero_shot_task(data_args.zero_shot_data, data_args, processor)
+    if model_args.teacher is not None:
+        parts.teacher, teacher_processor = build_teacher(model_args.teacher)
+        differences = processor_differences(processor, teacher_processor)
+        logger.info("The teacher has %s.", f"its own inputs: {differences[0]}" if differences else "the same inputs")
+        if differences:
+            is_full = parts.teacher.config.model_type in FULL_LENGTH_MODELS
+            theirs = collator(True, teacher_processor, pad_to_max_length=is_full or data_args.pad_to_max_length)
+            parts.train_collator = TeacherCollator(parts.train_collator, theirs)
     return parts
 
 

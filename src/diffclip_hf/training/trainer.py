@@ -19,10 +19,13 @@ from transformers.utils import CONFIG_NAME
 
 from ..common.remote_code import add_remote_code
 from ..model.image_fetching_diffclip import one_line
+from ..model.loss_diffclip import image_text_contrastive_loss
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments, check_arguments
 from .checkpoints import last_checkpoint
+from .distillation import Loss, Teacher, without_teachers
 from .faults import Guard
+from .fine_tuning import decay_by_depth, hold_still, lock_tower
 from .gradient_cache import backward_in_chunks
 from .loaders import Loaders
 from .metrics import ZeroShotTask, check_labels, pair_metrics, zero_shot_accuracy
@@ -47,6 +50,8 @@ class DiffCLIPTrainer(Trainer):
     """Transformers' Trainer for `DiffCLIPModel`, and for `DiffCLIPForImageClassification`.
 
     - The contrastive batch is that of all processes, and `contrastive_chunk_size` trains it in chunks (GradCache).
+    - With `lock` one tower isn't trained, with `layer_decay` lower layers learn more slowly, and with a `teacher` the
+      similarities are kept near to its own; see `distillation_loss`.
     - Weight decay falls on parameters of two or more dimensions alone, the logit scale stays within 0 and ln 100, and
       half-precision weights are trained in float32.
     - Each log has λ of every layer and exp(logit_scale) besides the loss, the learning rate and the gradient's norm.
@@ -69,6 +74,9 @@ class DiffCLIPTrainer(Trainer):
             images at random.
         zero_shot: Labelled images to classify in each evaluation, alone where there is no `eval_dataset`; it needs a
             tokenizer in `processing_class`.
+        teacher: A frozen model to learn from, with `get_image_features`, `get_text_features` and `logit_scale`; see
+            `Teacher`. It's given the inputs of a batch whose names begin with `teacher_`, as `TeacherCollator` makes
+            them, or else the model's own. Each process has all of it, and checkpoints have nothing of it.
         **kwargs: What else `Trainer` takes.
 
     Raises:
@@ -89,6 +97,7 @@ class DiffCLIPTrainer(Trainer):
         *,
         eval_data_collator: Callable[[list[Any]], Any] | None = None,
         zero_shot: ZeroShotTask | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, DiffCLIPTrainingArguments):
@@ -105,7 +114,16 @@ class DiffCLIPTrainer(Trainer):
         self.eval_data_collator = eval_data_collator or self.data_collator
         self.zero_shot = zero_shot
         self.is_contrastive = contrastive_model(self.model) is not None
+        self.teacher: Any = teacher
         check_arguments(self)
+        if teacher is not None:
+            self.teacher = Teacher(
+                teacher.to(args.device),
+                self.model,
+                args.distill_weight,
+                args.distill_feature_weight,
+                rows=args.contrastive_chunk_size or args.per_device_train_batch_size,
+            )
         self.loaders = Loaders(args, self._get_collator_with_removed_columns)
         self.guard = Guard(self)
         self._moments = TrainingMoments(self.data_collator)
@@ -134,6 +152,12 @@ class DiffCLIPTrainer(Trainer):
         to_float32(model)
         if self.is_fsdp_enabled:
             give_logit_scale_a_dimension(model)
+        self._lock(model)
+
+    def _lock(self, model: nn.Module) -> None:
+        """Lock the tower that isn't to be trained, if any; check_arguments refuses a classifier's."""
+        if self.args.lock is not None and contrastive_model(model) is not None:
+            lock_tower(model, self.args.lock)
 
     # ---- Data -----------------------------------------------------------------------------------------------------
 
@@ -170,6 +194,15 @@ class DiffCLIPTrainer(Trainer):
         Source: paper arXiv 2503.06626, section 4.1; SLIP's `main.py`.
         """
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, unless there is one, with lower learning rates further down if `layer_decay` says."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.layer_decay is not None:
+            named = self.model if model is None else model
+            decay_by_depth(optimizer, named, self.args.layer_decay, log=self.is_world_process_zero())
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does; `resume_from_checkpoint=True` takes the last complete checkpoint.
@@ -208,19 +241,39 @@ class DiffCLIPTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the model's loss, which a contrastive model is asked for; 0, with gradients of 0, of no rows."""
+        """Return the model's loss, which a contrastive model is asked for; 0, with gradients of 0, of no rows.
+
+        Where there's a teacher, add how far the model is from it.
+        """
         labels = inputs.get("labels")
+        teaching = None
         if self.is_contrastive:
-            inputs = {**inputs, "return_loss": True}
+            self._hold_still(model)
+            teaching = self._teaching(inputs)
+            inputs = {**without_teachers(inputs), "return_loss": True}
         elif isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.is_floating_point():
             # On a GPU the loss would end the process.
             check_labels(labels, self.model.config.num_labels)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if teaching is not None:
+            loss = loss + teaching(outputs.text_embeds, outputs.image_embeds, contrastive_model(model).logit_scale)
         if find_batch_size(outputs) == 0:
             # A mean over nothing is NaN, though its gradients are 0.
             loss = torch.nan_to_num(loss)
         loss = loss * self._weight
         return (loss, outputs) if return_outputs else loss
+
+    def _hold_still(self, model: nn.Module) -> None:
+        """Keep dropout out of a locked tower, which `model.train()` lets in at each step."""
+        if self.args.lock is not None:
+            hold_still(model, self.args.lock)
+
+    def _teaching(self, inputs: dict[str, Any]) -> Loss | None:
+        """Return the distillation loss of a batch as a function of its embeddings, None without a teacher."""
+        if self.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return self.teacher.loss_of(inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward pass, in chunks if asked for; return the local loss, detached."""
@@ -249,16 +302,25 @@ class DiffCLIPTrainer(Trainer):
         model.train()
         if hasattr(self.optimizer, "train"):  # As schedule-free optimizers need, and Trainer's own step does.
             self.optimizer.train()
+        self._hold_still(model)
         core = contrastive_model(model)
+        inputs = self._prepare_inputs(inputs)
+        teaching = self._teaching(inputs)
+
+        def loss_of(*embeds: torch.Tensor) -> torch.Tensor:
+            loss = image_text_contrastive_loss(*embeds)
+            return loss if teaching is None else loss + teaching(*embeds)
+
         return backward_in_chunks(
             model,
             lambda: core.logit_scale,
-            self._prepare_inputs(inputs),
+            without_teachers(inputs),
             chunk_size,
             self.accelerator.backward,
             partial(self.accelerator.no_sync, model),
             synchronise=self.accelerator.sync_gradients,
             divisor=self.current_gradient_accumulation_steps,
+            loss_of=loss_of,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -287,7 +349,7 @@ class DiffCLIPTrainer(Trainer):
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             self._losses_follow = found[0] is not None
             return found
-        inputs = {**self._prepare_inputs(inputs), "return_loss": False, "return_dict": True}
+        inputs = {**without_teachers(self._prepare_inputs(inputs)), "return_loss": False, "return_dict": True}
         labels = inputs.pop("labels", None)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
@@ -392,6 +454,8 @@ class DiffCLIPTrainer(Trainer):
         """Load a checkpoint's weights, which have to be the model's."""
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            # Of an adapter PEFT makes all weights trainable again.
+            self._lock(self.model)
         except RuntimeError as error:
             raise ValueError(
                 f"The weights of {resume_from_checkpoint} aren't this model's: {one_line(error, 300)}"
