@@ -27,6 +27,7 @@ ARROWS = {
     "train": {"common", "training"},
     "evaluate": {"common", "data", "evaluation"},
     "export_onnx": {"common", "model"},
+    "interpolate": {"common", "evaluate", "evaluation", "model"},
     "__init__": {"common", "model", "version", "zero_shot", "zero_shot_templates"},
 }
 # What may be imported without a guard in code that travels: Transformers refuses to load it where one is missing.
