@@ -26,9 +26,11 @@ BLOCKS = [
 ]
 # Tests of their own, below: what needs many steps, or what a command has written before.
 OWN = ("load_digits", "onnxruntime", "diffclip-vitb16")
+# Run from its beginning to its end, for each step needs what another has written.
+FORGET = "docs/guides/forget.md"
 PYTHON: list[tuple[str, str]] = []
 for page, language, code in BLOCKS:
-    if language == "python":
+    if language == "python" and page != FORGET:
         # A block that imports nothing goes on from the one before it.
         PYTHON.append((page, code if "import " in code else PYTHON[-1][1] + code))
 SOURCE = "hammh0a/DiffCLIP_ViTB16_CC12M"
@@ -128,10 +130,20 @@ def test_digits_are_learned(epochs, accuracy, python):
 
 
 def test_commands_on_what_the_repository_has(python):
-    here = [words for _, words in commands() if shlex.join(words).startswith(RUNS_HERE)]
+    here = [words for page, words in commands() if page != FORGET and shlex.join(words).startswith(RUNS_HERE)]
     assert len(here) >= 5
     for words in {tuple(words) for words in here}:
         assert python(*words)
+
+
+def test_the_guide_to_forgetting_less(python, clone):
+    for page, language, code in BLOCKS:
+        if page == FORGET:
+            words = ["python", "-c", code] if language == "python" else shlex.split(code.replace("\\\n", " "))
+            python(*words[1:])
+    for name in ("gentle", "taught", "halfway"):
+        assert (clone / "build" / name / "model.safetensors").is_file()
+    assert {path.name for path in (clone / "build" / "curve").iterdir()} == {"curve.json", "curve.png"}
 
 
 def test_a_checkpoint_on_disk_is_converted(clone, python):

@@ -32,7 +32,11 @@ def pair(tmp_path):
 
 
 def test_weights_by_hand():
-    first = {"w": torch.tensor([1.0, -2.0]), "ids": torch.tensor([0, 1]), "h": torch.tensor([1.0], dtype=torch.float16)}
+    first = {
+        "w": torch.tensor([1.0, -2.0]),
+        "ids": torch.tensor([0, 1]),
+        "h": torch.tensor([1.0], dtype=torch.float16),
+    }
     second = {"w": torch.tensor([3.0, 2.0]), "ids": torch.tensor([0, 1]), "h": torch.tensor([2.0])}
     mixed = interpolated(first, second, 0.25)
     assert mixed["w"].tolist() == [1.5, -1.0]
@@ -46,9 +50,9 @@ def test_weights_by_hand():
 def test_half_precision_is_rounded_once():
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(1000, generator=generator).bfloat16() for _ in range(2))
-    mixed = interpolated({"w": first}, {"w": second}, 0.3)["w"]
+    mixed = interpolated({"w": first}, {"w": second}, 0.25)["w"]
     assert mixed.dtype == torch.bfloat16
-    assert torch.equal(mixed, (0.7 * first.double() + 0.3 * second.double()).bfloat16())
+    assert torch.equal(mixed, (0.75 * first.double() + 0.25 * second.double()).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -80,9 +84,12 @@ def test_a_model_between_two_is_written_with_its_processor(dtype, tmp_path):
         assert main([a, b, "--alpha", alpha, "--output-dir", str(tmp_path / alpha)]) == 0
     first, second, mixed = (load_file(f"{folder}/model.safetensors") for folder in (a, b, tmp_path / "0.5"))
     for name, value in mixed.items():
-        assert value.dtype == first[name].dtype
+        # λ's vectors are loaded in float32 whatever the rest is in.
+        assert value.dtype == (torch.float32 if "lambda_" in name else dtype)
         expected = (first[name].double() + second[name].double()) / 2
-        torch.testing.assert_close(value.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            value.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-9
+        )
     for folder, alpha in ((a, "0"), (b, "1")):
         kept = load_file(tmp_path / alpha / "model.safetensors")
         assert all(torch.equal(kept[name], value) for name, value in load_file(f"{folder}/model.safetensors").items())
@@ -129,7 +136,7 @@ def a_weight_less(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (other_vocabulary, "don't fit: the id of the token 'a' is 65 and 66"),
+        (other_vocabulary, "don't fit: the id of the token 'a' is 64 and 65"),
         (other_mean, r"don't fit: image_mean is \[0\.48.*\] and \[0\.5, 0\.5, 0\.5\]"),
         (other_size, "visual_projection.weight has the shape (5, 32); it must have (24, 32)"),
         (a_weight_less, "lacks weights of a DiffCLIPModel: logit_scale"),

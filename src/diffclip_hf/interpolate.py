@@ -73,7 +73,9 @@ def interpolated(first: Weights, second: Weights, alpha: float) -> dict[str, tor
     for name, one in first.items():
         other = second[name].to(one.device)
         if one.shape != other.shape:
-            raise ValueError(f"{name} has the shapes {tuple(one.shape)} and {tuple(other.shape)}; they must be the same.")
+            raise ValueError(
+                f"{name} has the shapes {tuple(one.shape)} and {tuple(other.shape)}; they must be the same."
+            )
         if not (one.is_floating_point() and other.is_floating_point()):
             if not torch.equal(one, other):
                 raise ValueError(f"{name} is of {one.dtype}, and isn't the same in both models.")
@@ -188,7 +190,9 @@ def draw_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequenc
         alphas = [point["alpha"] for point in points]
         values = [[100 * point[name] for point in points] for name in names]
         for line, name, shares in zip("-:", names, values, strict=True):
-            over_alpha.plot(alphas, shares, f"o{line}", ms=3, color=f"C{number}", label=f"{label}: {name}".lstrip(": "))
+            over_alpha.plot(
+                alphas, shares, f"o{line}", ms=3, color=f"C{number}", label=f"{label}: {name}".lstrip(": ")
+            )
         over_each_other.plot(values[1], values[0], "o-", ms=4, color=f"C{number}", label=label)
         for alpha, across, up in zip(alphas, *values[::-1], strict=True):
             if alpha in (0, 0.5, 1):

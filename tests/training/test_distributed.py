@@ -135,11 +135,10 @@ def trained(folder: Path) -> dict[str, dict]:
         "locked": run_trainer(folder / "locked", lock="text", layer_decay=0.5),
         "locked in chunks": run_trainer(folder / "locked-chunks", lock="image", contrastive_chunk_size=3),
         "taught": run_trainer(folder / "taught", teacher=tiny_model(seed=1)),
-        # Batches of 8, of 8 and of 3 rows, for a teacher with embeddings of another width.
+        # Batches of 8 and of 3 rows, for a teacher with embeddings of another width.
         "taught in chunks": run_trainer(
             folder / "taught-chunks",
-            train_dataset=Pairs(19),
-            max_steps=3,
+            train_dataset=Pairs(11),
             teacher=tiny_model(seed=1, projection_dim=16),
             contrastive_chunk_size=1,
         ),
@@ -206,7 +205,7 @@ RUNS += ("locked", "locked in chunks", "taught", "taught in chunks")
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_and_evaluate_as_one_does(name, runs):
     one = runs[0][name]
-    assert one["steps"] == {"zero-shot": 1, "stream": 6, "uneven": 4, "taught in chunks": 3}.get(name, 2)
+    assert one["steps"] == {"zero-shot": 1, "stream": 6, "uneven": 4}.get(name, 2)
     assert one["metrics"].keys() >= (set() if name == "stock" else {"eval_loss", "eval_text_to_image_recall@5"})
     assert ("eval_zero_shot_accuracy" in one["metrics"]) == (name == "zero-shot")
     for process in runs[1]:

@@ -1,0 +1,160 @@
+"""Fine-tune the embedded model on half of a style, and measure what it forgets of the other half.
+
+python embedded/forgetting.py --cache-dir .cache/embedded --output-dir docs/forgetting
+
+Google's drawings, which the embedded model never saw, are parted by name: every second one is trained on, in each of
+several ways, and both halves are measured before and after, and between the two (WiSE-FT). Each picture has to find
+its own name among all the names, those of both halves. A few minutes on two cores.
+"""
+
+import argparse
+import io
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from emoji_data import HELD_OUT, Emoji, load_drawings, load_emoji
+from PIL import Image
+from transformers import set_seed
+
+from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
+from diffclip_hf.common.loading import load_model, load_processor
+from diffclip_hf.common.machine import describe_machine, describe_versions
+from diffclip_hf.common.whole_files import check_output_file, write_text_whole, write_whole
+from diffclip_hf.data import ImageTextCollator
+from diffclip_hf.interpolate import ALPHAS, draw_curve, sweep
+from diffclip_hf.training import DiffCLIPTrainer, DiffCLIPTrainingArguments
+
+
+logger = logging.getLogger("forgetting")
+TRAINED, OTHER = "names trained on", "other names"
+# What each way adds to plain fine-tuning: arguments of the trainer, and whether the first model teaches.
+WAYS: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, False),
+    "lock text": ({"lock": "text"}, False),
+    "lock image": ({"lock": "image"}, False),
+    "layer decay 0.5": ({"layer_decay": 0.5}, False),
+    "teacher": ({}, True),
+}
+TEMPLATES = ("{}", "an emoji of a {}", "a drawing of {}")
+
+
+class Style:
+    """A vendor's drawings, of which the names of every second one are trained on."""
+
+    def __init__(self, vendor: str, cache_dir: Path):
+        items = load_emoji(cache_dir)
+        images, present = load_drawings(vendor, items, cache_dir)
+        self.items: list[Emoji] = [items[i] for i in np.flatnonzero(present)]
+        self.images = [Image.fromarray(images[i]) for i in np.flatnonzero(present)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the half that is trained on, as `ImageTextCollator` takes it."""
+        found = []
+        for item, image in list(zip(self.items, self.images, strict=True))[::2]:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            captions = [template.format(name) for template in TEMPLATES for name in (item.name, *item.others)]
+            found.append({"image": file.getvalue(), "caption": captions})
+        return found
+
+    def measure(self, model: DiffCLIPModel, processor: DiffCLIPProcessor) -> dict[str, float]:
+        """Return the share of drawings whose own name is the nearest of all, of each half."""
+        names = [item.name for item in self.items]
+        classifier = ZeroShotClassifier(model.eval(), processor, names, "{}", progress_bar=False)
+        right = (classifier.logits(self.images).argmax(1) == torch.arange(len(names))).float()
+        return {name: round(right[start::2].mean().item(), 4) for start, name in enumerate((TRAINED, OTHER))}
+
+
+def fine_tune(style: Style, args: argparse.Namespace, changes: dict[str, Any], is_taught: bool) -> DiffCLIPModel:
+    """Return the model, trained further on half of a style."""
+    set_seed(args.seed)
+    model, teacher = (load_model(args.model, DiffCLIPModel, dtype=torch.float32) for _ in range(2))
+    processor = load_processor(args.model, model.config, DiffCLIPProcessor)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DiffCLIPTrainingArguments(
+            folder,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=256,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            weight_decay=0.2,
+            seed=args.seed,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1000,
+            save_strategy="no",
+            **changes,
+        )
+        DiffCLIPTrainer(
+            model,
+            settings,
+            train_dataset=style.rows(),
+            data_collator=ImageTextCollator(processor, train=True, crop_scale=(0.7, 1), seed=args.seed),
+            teacher=teacher if is_taught else None,
+        ).train()
+    return model
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return what was measured as Markdown, in percent."""
+    before = content["before"]
+    lines = [
+        f"| | {TRAINED} | {OTHER} | best α | {TRAINED} | {OTHER} |",
+        "|---|---|---|---|---|---|",
+        f"| before | {100 * before[TRAINED]:.1f} | {100 * before[OTHER]:.1f} | | | |",
+    ]
+    for way, points in content["curves"].items():
+        best = max(points, key=lambda point: point[TRAINED] + point[OTHER])
+        shares = [f"{100 * point[name]:.1f}" for point in (points[-1], best) for name in (TRAINED, OTHER)]
+        lines.append(f"| {way} | {shares[0]} | {shares[1]} | {best['alpha']:g} | {shares[2]} | {shares[3]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Fine-tune and measure as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache-dir", type=Path, required=True, help="for the drawings, fetched on the first run")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the figures and their picture")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "diffclip-emoji"))
+    parser.add_argument("--vendor", default=HELD_OUT, help="whose style is trained on (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    outputs = [args.output_dir / name for name in ("forgetting.json", "forgetting.png", "forgetting.md")]
+    for path in outputs:
+        check_output_file(path)
+    style = Style(args.vendor, args.cache_dir)
+    first = load_model(args.model, DiffCLIPModel, dtype=torch.float32)
+    processor = load_processor(args.model, first.config, DiffCLIPProcessor)
+    content: dict[str, Any] = {
+        "vendor": args.vendor,
+        "settings": {"epochs": args.epochs, "learning_rate": args.learning_rate, "seed": args.seed},
+        "names": len(style.items),
+        "before": style.measure(first, processor),
+        "curves": {},
+        "seconds": {},
+        "machine": describe_machine(),
+        "versions": describe_versions("accelerate"),
+    }
+    for way, (changes, is_taught) in WAYS.items():
+        start = time.perf_counter()
+        last = fine_tune(style, args, changes, is_taught)
+        content["seconds"][way] = round(time.perf_counter() - start)
+        logger.info("%s: trained in %d s", way, content["seconds"][way])
+        content["curves"][way] = sweep(first, last, ALPHAS, lambda model: style.measure(model, processor))
+    write_text_whole(outputs[0], json.dumps(content, indent=1) + "\n")
+    write_whole(outputs[1], lambda path: draw_curve(content["curves"], (TRAINED, OTHER), path))
+    write_text_whole(outputs[2], table(content))
+
+
+if __name__ == "__main__":
+    main()
