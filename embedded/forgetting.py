@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from emoji_data import HELD_OUT, Emoji, load_drawings, load_emoji
 from PIL import Image
+from torch.nn.functional import normalize
 from transformers import set_seed
 
-from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
+from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.common.loading import load_model, load_processor
 from diffclip_hf.common.machine import describe_machine, describe_versions
 from diffclip_hf.common.whole_files import check_output_file, write_text_whole, write_whole
@@ -41,17 +42,22 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "layer decay 0.5": ({"layer_decay": 0.5}, False),
     "teacher": ({}, True),
 }
+BATCH = 256
 TEMPLATES = ("{}", "an emoji of a {}", "a drawing of {}")
 
 
 class Style:
     """A vendor's drawings, of which the names of every second one are trained on."""
 
-    def __init__(self, vendor: str, cache_dir: Path):
+    def __init__(self, vendor: str, cache_dir: Path, processor: DiffCLIPProcessor):
         items = load_emoji(cache_dir)
         images, present = load_drawings(vendor, items, cache_dir)
         self.items: list[Emoji] = [items[i] for i in np.flatnonzero(present)]
         self.images = [Image.fromarray(images[i]) for i in np.flatnonzero(present)]
+        # Made once for all the measurements.
+        names = [item.name for item in self.items]
+        self.texts = processor(text=names, padding=True, truncation=True, return_tensors="pt")
+        self.pixels = processor(images=self.images, return_tensors="pt")["pixel_values"]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the half that is trained on, as `ImageTextCollator` takes it."""
@@ -63,11 +69,13 @@ class Style:
             found.append({"image": file.getvalue(), "caption": captions})
         return found
 
-    def measure(self, model: DiffCLIPModel, processor: DiffCLIPProcessor) -> dict[str, float]:
+    @torch.no_grad()
+    def measure(self, model: DiffCLIPModel) -> dict[str, float]:
         """Return the share of drawings whose own name is the nearest of all, of each half."""
-        names = [item.name for item in self.items]
-        classifier = ZeroShotClassifier(model.eval(), processor, names, "{}", progress_bar=False)
-        right = (classifier.logits(self.images).argmax(1) == torch.arange(len(names))).float()
+        texts = normalize(model.get_text_features(**self.texts).pooler_output, dim=-1)
+        pixels = self.pixels.split(BATCH)
+        images = torch.cat([model.get_image_features(pixel_values=part).pooler_output for part in pixels])
+        right = ((images @ texts.t()).argmax(1) == torch.arange(len(texts))).float()
         return {name: round(right[start::2].mean().item(), 4) for start, name in enumerate((TRAINED, OTHER))}
 
 
@@ -80,7 +88,7 @@ def fine_tune(style: Style, args: argparse.Namespace, changes: dict[str, Any], i
         settings = DiffCLIPTrainingArguments(
             folder,
             num_train_epochs=args.epochs,
-            per_device_train_batch_size=256,
+            per_device_train_batch_size=BATCH,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
@@ -132,14 +140,13 @@ def main() -> None:
     outputs = [args.output_dir / name for name in ("forgetting.json", "forgetting.png", "forgetting.md")]
     for path in outputs:
         check_output_file(path)
-    style = Style(args.vendor, args.cache_dir)
     first = load_model(args.model, DiffCLIPModel, dtype=torch.float32)
-    processor = load_processor(args.model, first.config, DiffCLIPProcessor)
+    style = Style(args.vendor, args.cache_dir, load_processor(args.model, first.config, DiffCLIPProcessor))
     content: dict[str, Any] = {
         "vendor": args.vendor,
         "settings": {"epochs": args.epochs, "learning_rate": args.learning_rate, "seed": args.seed},
         "names": len(style.items),
-        "before": style.measure(first, processor),
+        "before": style.measure(first),
         "curves": {},
         "seconds": {},
         "machine": describe_machine(),
@@ -150,7 +157,7 @@ def main() -> None:
         last = fine_tune(style, args, changes, is_taught)
         content["seconds"][way] = round(time.perf_counter() - start)
         logger.info("%s: trained in %d s", way, content["seconds"][way])
-        content["curves"][way] = sweep(first, last, ALPHAS, lambda model: style.measure(model, processor))
+        content["curves"][way] = sweep(first, last, ALPHAS, style.measure)
     write_text_whole(outputs[0], json.dumps(content, indent=1) + "\n")
     write_whole(outputs[1], lambda path: draw_curve(content["curves"], (TRAINED, OTHER), path))
     write_text_whole(outputs[2], table(content))

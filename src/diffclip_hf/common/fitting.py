@@ -42,7 +42,11 @@ def tokenizer_differences(first: Any, second: Any) -> list[str]:
     if own != theirs:
         token = min(token for token in {*own, *theirs} if own.get(token) != theirs.get(token))
         return [f"the id of the token {token!r} is {own.get(token)} and {theirs.get(token)}"]
-    found = _differences(*({k: getattr(one, k) for k in ("bos_token_id", "eos_token_id")} for one in (first, second)))
+    found = [
+        f"{name} is {getattr(first, name)} and {getattr(second, name)}"
+        for name in ("bos_token_id", "eos_token_id")
+        if getattr(first, name) != getattr(second, name)
+    ]
     if found or not (first.is_fast and second.is_fast):
         return found
     parts = [json.loads(one.backend_tokenizer.to_str()) for one in (first, second)]
@@ -55,9 +59,12 @@ def tokenizer_differences(first: Any, second: Any) -> list[str]:
 
 def image_processor_differences(first: Any, second: Any) -> list[str]:
     """Return where two image processors differ in the pixels that they make."""
-    own, theirs = ({name: getattr(one, name, None) for name in _PIXELS} for one in (first, second))
     # One that's made anew has lists where one that's loaded has tuples.
-    return _differences(*(json.loads(json.dumps(one, default=dict)) for one in (own, theirs)))
+    own, theirs = (
+        json.loads(json.dumps({name: getattr(one, name, None) for name in _PIXELS}, default=dict))
+        for one in (first, second)
+    )
+    return _differences(own, theirs)
 
 
 __all__ = ["config_differences", "image_processor_differences", "tokenizer_differences"]
