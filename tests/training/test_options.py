@@ -171,8 +171,9 @@ def test_help_shows_the_projects_own_options_first_and_each_once(capsys):
     flags = re.findall(r"^  (--[a-z_0-9-]+)", shown, flags=re.MULTILINE)
     assert flags[0] == "--config"
     own = [f"--{field.name}" for cls in (ModelArguments, DataArguments) for field in dataclasses.fields(cls)]
-    assert set(flags[1 : len(own) + 2]) == {*own, "--contrastive_chunk_size"}
-    assert flags[len(own) + 2] == "--output_dir"
+    own += ["--contrastive_chunk_size", "--lock", "--layer_decay", "--distill_weight", "--distill_feature_weight"]
+    assert set(flags[1 : len(own) + 1]) == {*own}
+    assert flags[len(own) + 1] == "--output_dir"
     others = {f"--{field.name}" for field in dataclasses.fields(DiffCLIPTrainingArguments) if field.init}
     assert others - set(flags) == {"--do_train", "--do_eval", "--do_predict", "--local_rank"}
     assert len(set(flags)) == len(flags)
