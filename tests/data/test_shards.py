@@ -15,8 +15,9 @@ from accelerate.data_loader import skip_first_batches
 from torch.utils.data import DataLoader
 from training_samples import encoded, picture, sample, tiny_processor, write_shards, write_tar
 
-from diffclip_hf.data import ImageTextCollator, ImageTextShards
-from diffclip_hf.data.shard_files import expand_braces, find_shards
+from diffclip_hf.common import known_files
+from diffclip_hf.data import ImageTextCollator, ImageTextShards, shard_rows, shard_samples, shard_sizes
+from diffclip_hf.data.shard_files import expand_braces, find_shards, open_shard
 
 
 pytestmark = pytest.mark.usefixtures("propagate_logs")
@@ -477,3 +478,36 @@ def test_the_process_group_must_be_there_first(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but torch\.distributed isn't initialised"):
         ImageTextShards(str(tmp_path), 1)
+
+
+def test_no_shard_is_opened_before_the_first_batch_and_then_few(tmp_path, monkeypatch):
+    paths = write_shards(tmp_path, [2] * 40)
+    opened = []
+
+    def note(path):
+        opened.append(path)
+        return open_shard(path)
+
+    monkeypatch.setattr(shard_sizes, "open_shard", note)
+    monkeypatch.setattr(shard_samples, "open_shard", note)
+    shards = ImageTextShards(str(tmp_path), 2, shuffle_buffer=0)
+    assert {name.rpartition("_")[2] for name in opened} == {"stats.json"}
+    opened.clear()
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps({path.name: 2 for path in paths}))
+    shards = ImageTextShards(str(tmp_path), 2, shuffle_buffer=0)
+    assert opened == [str(sizes)]
+    assert [row["caption"] for row in itertools.islice(shards, 4)] == [f"picture {number}" for number in range(4)]
+    assert opened[1:] == [str(path) for path in paths[:2]]
+
+
+def test_what_was_counted_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(known_files, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(known_files, "SETTLED", -(10**18))
+    paths = write_shards(tmp_path, [3, 4], stats=False)
+    not_a_tar(paths[1], 0)
+    first = ImageTextShards([str(path) for path in paths], 1, max_broken_share=0.5)
+    monkeypatch.setattr(shard_rows, "_count_samples", None)
+    second = ImageTextShards([str(path) for path in paths], 1, max_broken_share=0.5)
+    assert first.rows.sizes.tolist() == second.rows.sizes.tolist() == [3, 0]
+    assert first.counts == second.counts

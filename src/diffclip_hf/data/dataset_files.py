@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.known_files import known_values
 from ..model.hub_cache_diffclip import sha256_of
 from ..model.image_reading_diffclip import RASTER_FORMATS
 from .shard_files import expand_braces
@@ -30,17 +31,17 @@ def local_files(source: str) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _content_digest(paths: Iterable[Path]) -> str:
+def _content_digest(paths: Sequence[Path]) -> str:
     """Return the SHA-256 of files' paths, and of what they hold where they aren't pictures.
 
-    Pictures are known to a data set by their paths, and read anew each time.
+    Pictures are known to a data set by their paths, and read anew each time. What the others hold is read where they
+    have changed since it was last; see `known_values`.
     """
+    read = [str(path) for path in paths if path.suffix.lower() not in _PICTURES]
+    held = dict(zip(read, known_values("sha256", read, lambda path: sha256_of(Path(path)), "Reading"), strict=True))
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path}\n".encode(errors="surrogateescape"))
-        if path.suffix.lower() in _PICTURES:
-            continue
-        digest.update(sha256_of(path).encode())
+    for path in map(str, paths):
+        digest.update(f"{path}\n{held.get(path, '')}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -68,8 +69,8 @@ def content_cache(files: Sequence[Path], load_options: Mapping[str, Any]) -> dic
     """Return the option `cache_dir` with which `datasets` reads local files anew where they hold something else.
 
     By itself it knows them by their paths, sizes and times, and what a zip file holds by the zip file's path, so that
-    it may give what was there before. The folder is named after what they hold, which is read through once; pictures
-    that lie in a folder aren't, since `datasets` keeps none of them.
+    it may give what was there before. The folder is named after what they hold, for which one process reads through
+    those that have changed; pictures that lie in a folder aren't read, since `datasets` keeps none of them.
 
     Args:
         files: As `named_files` gives them; without any nothing is returned.
@@ -97,22 +98,26 @@ def _depths(line: bytes, depth: int) -> tuple[int, int]:
     return deepest, depth
 
 
+def _too_deep(path: str) -> str | None:
+    """Return what is wrong with JSON that is nested too deeply, None where it isn't."""
+    depth = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            deepest, depth = _depths(line, depth)
+            if deepest > MOST_NESTED:
+                return f"Line {number} of {path} is nested {deepest} deep; it may be {MOST_NESTED} deep."
+    return None
+
+
 def check_depth(files: Iterable[Path]) -> None:
     """Raise a ValueError where JSON is so deep that PyArrow's parser ends the whole process.
 
-    It reads one value over several lines too.
+    It reads one value over several lines too. Files are read where they have changed since they were last.
     """
-    for path in files:
-        if path.suffix.lower() not in JSON_SUFFIXES:
-            continue
-        depth = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                deepest, depth = _depths(line, depth)
-                if deepest > MOST_NESTED:
-                    raise ValueError(
-                        f"Line {number} of {path} is nested {deepest} deep; it may be {MOST_NESTED} deep."
-                    )
+    paths = [str(path) for path in files if path.suffix.lower() in JSON_SUFFIXES]
+    for reason in known_values("depth", paths, _too_deep, "Reading"):
+        if reason is not None:
+            raise ValueError(reason)
 
 
 def check_numbering(files: Iterable[Path], column: str) -> None:

@@ -1,11 +1,11 @@
 """Which tar shards a source names, and opening one, on disk or at a URL."""
 
+import functools
 import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 
@@ -31,7 +31,16 @@ def is_url(path: str) -> bool:
 
 
 def _shards_of_folder(folder: str) -> list[str]:
-    return sorted(str(path) for path in Path(folder).iterdir() if path.name.endswith(SHARD_SUFFIXES))
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(SHARD_SUFFIXES))
+
+
+def files_of_folder(folder: str) -> set[str]:
+    """Return the names of a local folder's files, by one request rather than one each; none if it isn't there."""
+    try:
+        with os.scandir(folder or ".") as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def names_shards(source: str) -> bool:
@@ -62,8 +71,9 @@ def find_shards(source: str | Sequence[str]) -> list[str]:
             if not found:
                 raise ValueError(f"{path!r} has no tar shards; their names must end in {', '.join(SHARD_SUFFIXES)}.")
             shards += found
+    names = functools.cache(files_of_folder)
     for path in shards:
-        if not is_url(path) and not os.path.isfile(path):
+        if not is_url(path) and os.path.basename(path) not in names(os.path.dirname(path)):
             raise FileNotFoundError(f"The shard {path!r} isn't there.")
     if not shards:
         raise ValueError("source names no shards; it must name at least one.")
@@ -83,4 +93,4 @@ def open_shard(path: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-__all__ = ["SHARD_SUFFIXES", "expand_braces", "find_shards", "is_url", "names_shards", "open_shard"]
+__all__ = ["SHARD_SUFFIXES", "expand_braces", "files_of_folder", "find_shards", "is_url", "names_shards", "open_shard"]

@@ -3,17 +3,21 @@
 import functools
 import math
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
+from ..common.known_files import known_values
 from .counts import SkipCounts, non_empty_captions, require_share
 from .shard_division import Part
+from .shard_files import is_url
 from .shard_samples import IMAGE_EXTENSIONS, BrokenShardError, caption_of, read_shard
-from .shard_sizes import stated_sizes
+from .shard_sizes import THREADS, stated_sizes
 
 
 logger = logging.get_logger(__name__)
@@ -21,6 +25,25 @@ logger = logging.get_logger(__name__)
 
 def _none(number: int) -> bool:
     return False
+
+
+def _count_samples(path: str) -> tuple[int, str | None]:
+    """Return how many samples a shard has, by reading it through, and what is wrong with it if it breaks off there."""
+    try:
+        return sum(1 for _ in read_shard(path, _none)), None
+    except BrokenShardError as error:
+        return error.samples_read, error.reason
+
+
+def _count(shards: Sequence[str]) -> list[tuple[int, str | None]]:
+    """Return what `_count_samples` does of each shard; what was found of files that are here is kept."""
+    here = [path for path in shards if not is_url(path)]
+    absolute = [os.path.abspath(path) for path in here]
+    found = dict(zip(here, known_values("samples", absolute, _count_samples, "Counting"), strict=True))
+    far = [path for path in shards if is_url(path)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found |= zip(far, pool.map(_count_samples, far), strict=True)
+    return [found[path] for path in shards]
 
 
 class BrokenShards:
@@ -88,13 +111,10 @@ class ShardRows:
                 f"{len(unknown)} of {len(self.shards)} shards have neither a _stats.json nor a line in a sizes.json "
                 f"beside them; reading them through to count their samples, {self.shards[unknown[0]]} first."
             )
-        for number in logging.tqdm(unknown, desc="Counting", unit="shard", disable=len(unknown) < 2):
-            sizes[number] = 0
-            try:
-                for counted, _ in enumerate(read_shard(self.shards[number], _none), 1):
-                    sizes[number] = counted
-            except BrokenShardError as error:
-                self.broken.report(number, error)
+        for number, (size, reason) in zip(unknown, _count([self.shards[number] for number in unknown]), strict=True):
+            sizes[number] = size
+            if reason is not None:
+                self.broken.report(number, BrokenShardError(reason, size))
         self.broken.check(range(len(self.shards)))
         return [size or 0 for size in sizes]
 

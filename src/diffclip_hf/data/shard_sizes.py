@@ -1,11 +1,16 @@
-"""How many samples tar shards have, by the files that img2dataset and WebDataset write beside them."""
+"""How many samples tar shards have, by the files that WebDataset and img2dataset write beside them."""
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .shard_files import SHARD_SUFFIXES, open_shard
+from .shard_files import SHARD_SUFFIXES, files_of_folder, is_url, open_shard
+
+
+THREADS = 16
 
 
 def _read_sizes(path: str) -> dict[str, Any]:
@@ -38,21 +43,43 @@ def _stated_size(path: str, sizes: Mapping[str, Any], field: str) -> int | None:
     return size
 
 
+def _read_all(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what JSON files of sizes say, several read at once, since each may be a request to a server."""
+    if not paths:
+        return {}
+    with ThreadPoolExecutor(min(THREADS, len(paths))) as pool:
+        return dict(zip(paths, pool.map(_read_sizes, paths), strict=True))
+
+
+def _stem(name: str) -> str:
+    return next((name.removesuffix(suffix) for suffix in SHARD_SUFFIXES if name.endswith(suffix)), name)
+
+
 def stated_sizes(shards: Sequence[str]) -> list[int | None]:
     """Return how many samples each shard has by the files beside it, None where they don't say.
+
+    The files for each shard are opened where the one for all of a folder doesn't say it.
 
     Raises:
         ValueError: Such a file isn't JSON, or states no number of samples.
     """
-    read_sizes = functools.cache(_read_sizes)
-    sizes: list[int | None] = []
-    for path in shards:
-        folder, slash, name = path.rpartition("/")
-        stem = next((name.removesuffix(suffix) for suffix in SHARD_SUFFIXES if name.endswith(suffix)), name)
-        beside, common = f"{folder}{slash}{stem}_stats.json", f"{folder}{slash}sizes.json"
-        stated = _stated_size(beside, read_sizes(beside), "successes")
-        sizes.append(_stated_size(common, read_sizes(common), name) if stated is None else stated)
-    return sizes
+    names = functools.cache(files_of_folder)
+
+    def may_be_there(path: str) -> bool:
+        return is_url(path) or os.path.basename(path) in names(os.path.dirname(path))
+
+    places = [path.rpartition("/") for path in shards]
+    commons = [f"{folder}{slash}sizes.json" for folder, slash, _ in places]
+    said = _read_all([path for path in dict.fromkeys(commons) if may_be_there(path)])
+    sizes = [
+        _stated_size(common, said.get(common, {}), name) for common, (_, _, name) in zip(commons, places, strict=True)
+    ]
+    beside = [f"{folder}{slash}{_stem(name)}_stats.json" for folder, slash, name in places]
+    said = _read_all([path for path, size in zip(beside, sizes, strict=True) if size is None and may_be_there(path)])
+    return [
+        _stated_size(path, said.get(path, {}), "successes") if size is None else size
+        for path, size in zip(beside, sizes, strict=True)
+    ]
 
 
 __all__ = ["stated_sizes"]

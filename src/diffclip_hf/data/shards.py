@@ -40,9 +40,9 @@ class ImageTextShards(IterableDataset):
     `set_position` passes over, of which `ImageTextCollator` makes an empty batch.
 
     Args:
-        source: See `find_shards`. How many samples a shard has is read from `successes` in `NAME_stats.json`
-            (img2dataset) or from `sizes.json` (WebDataset) beside it; otherwise the shard is read through once. More
-            samples than stated aren't read.
+        source: See `find_shards`. How many samples a shard has is read from `sizes.json` (WebDataset) or from
+            `successes` in `NAME_stats.json` (img2dataset) beside it; otherwise the shard is read through, and what
+            was counted is kept for the next time. More samples than stated aren't read.
         batch_size: Samples a batch of one process, the DataLoader's `batch_size`.
         seed: At least 0.
         shuffle_buffer: How many encoded samples a worker keeps to draw from; with 0 neither samples nor shards are

@@ -1,0 +1,164 @@
+"""What was found out about files by reading them, kept for as long as they are the same.
+
+A file is the same where its size, its inode and the times of its last change are. Programs set a file's mtime as they
+like (`cp -p`, `rsync --times`, archives), but its ctime is set by the file system, at every change of the content or
+of the mtime. So what is kept may be trusted where the file system does so; elsewhere nothing is kept.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
+from transformers.utils import logging
+
+from .whole_files import write_text_whole
+
+
+logger = logging.get_logger(__name__)
+FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "files"
+# Two changes may have one time where a file system's clock ticks slowly, or a server's isn't this machine's. So
+# nothing is kept of files that changed less than so many nanoseconds ago.
+SETTLED = 2 * 10**9
+# Linux's file systems that set ctime by themselves. Those in user space and Windows' shares may make it up.
+TELLING = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "gpfs", "jfs", "lustre", "nfs", "nfs4", "overlay"}
+TELLING |= {"ramfs", "reiserfs", "tmpfs", "xfs", "zfs"}
+THREADS = 16
+
+
+def _mounts() -> dict[str, str]:
+    """Return the file system of each place where one is mounted, nothing where that isn't known."""
+    try:
+        lines = Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return {}
+    fields = (line.split(" ") for line in lines)
+    return {place.encode().decode("unicode_escape"): kind for _, place, kind, *_ in fields}
+
+
+def tells_changes(folder: str, mounts: dict[str, str] | None = None) -> bool:
+    """Say whether the file system of a folder sets a file's ctime at each change.
+
+    Args:
+        folder: Its path.
+        mounts: The file system of each place where one is mounted, by default what Linux says.
+    """
+    if sys.platform == "darwin":
+        return True
+    mounts = _mounts() if mounts is None else mounts
+    place = Path(os.path.realpath(folder))
+    return next((mounts[str(at)] for at in (place, *place.parents) if str(at) in mounts), None) in TELLING
+
+
+def _signature(path: str) -> list[int]:
+    """Return what tells a file from what it was before, as JSON."""
+    # NFS asks its server only when a file is opened.
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Return what is kept, path → signature and value; nothing where it's damaged."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _find_out(path: str, compute: Callable[[str], Any]) -> tuple[Any, list[int] | None]:
+    """Return a file's value, and the signature under which it may be kept, if it may."""
+    started, before = time.time_ns(), _signature(path)
+    value = compute(path)
+    settled = before == _signature(path) and started - max(before[2:]) > SETTLED
+    return value, before if settled else None
+
+
+def known_values(
+    kind: str, paths: Sequence[str], compute: Callable[[str], Any], description: str = "Files"
+) -> list[Any]:
+    """Return what `compute` returns of files, computed only for those that have changed since it was kept.
+
+    What isn't kept yet is computed by several threads, in one process of those that ask at the same time; the others
+    wait for it and take what it kept.
+
+    Args:
+        kind: What is found out, as part of a file's name.
+        paths: Absolute paths of files that are there.
+        compute: Takes a path; returns what JSON can hold.
+        description: Of the progress bar.
+
+    Raises:
+        OSError: A file can't be read.
+    """
+    if not paths:
+        return []
+    folders = {os.path.dirname(path) for path in paths}
+    mounts = _mounts()
+    if not all(tells_changes(folder, mounts) for folder in folders):
+        return [value for value, _ in _find_all(paths, compute, description)]
+    common = os.path.commonpath(list(folders))
+    place = FOLDER / f"{kind}-{hashlib.sha256(common.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
+    known = _known(_read_index(place), paths)
+    if None not in known:
+        return [value for _, value in known]
+    with ExitStack() as stack:
+        try:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(place.with_suffix(".lock")))
+        except OSError as error:
+            logger.warning_once(f"What is found out about files can't be kept in {FOLDER}: {error}")
+        return _complete(place, paths, compute, description)
+
+
+def _known(index: dict[str, Any], paths: Sequence[str]) -> list[Any]:
+    """Return the entry of each file, None where there is none or it has changed."""
+    entries = [index.get(path) for path in paths]
+    return [
+        entry if isinstance(entry, list) and entry[0] == _signature(path) else None
+        for entry, path in zip(entries, paths, strict=True)
+    ]
+
+
+def _find_all(
+    paths: Sequence[str], compute: Callable[[str], Any], description: str
+) -> list[tuple[Any, list[int] | None]]:
+    """Return each file's value and signature; a bar shows how far it is where there are several."""
+    threads = min(THREADS, len(paths))
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        logging.tqdm(total=len(paths), desc=description, unit="file", disable=threads < 2) as bar,
+    ):
+        found = []
+        for one in pool.map(lambda path: _find_out(path, compute), paths):
+            found.append(one)
+            bar.update()
+    return found
+
+
+def _complete(place: Path, paths: Sequence[str], compute: Callable[[str], Any], description: str) -> list[Any]:
+    """Return each file's value, after what wasn't known has been found out and kept, under the index's lock."""
+    # Another process may just have done it.
+    index = _read_index(place)
+    known = _known(index, paths)
+    missing = [path for path, entry in zip(paths, known, strict=True) if entry is None]
+    found = dict(zip(missing, _find_all(missing, compute, description), strict=True)) if missing else {}
+    kept = {path: [signature, value] for path, (value, signature) in found.items() if signature is not None}
+    if kept:
+        try:
+            write_text_whole(place, json.dumps(index | kept))
+        except OSError as error:
+            logger.warning_once(f"What is found out about files can't be kept in {FOLDER}: {error}")
+    return [found[path][0] if entry is None else entry[1] for path, entry in zip(paths, known, strict=True)]
+
+
+__all__ = ["known_values", "tells_changes"]
