@@ -216,6 +216,14 @@ def test_the_report_is_in_the_card(hub, push, folder):
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
 
 
+def test_a_card_of_ones_own_is_kept(hub, push, folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
+    status, log = push(folder, "org/own-card")
+    assert status == 0
+    assert "DIR has a README.md of its own, which becomes the model card" in log
+    assert hub.head("org/own-card")["README.md"].content.decode().endswith("Mine.\n")
+
+
 def test_without_a_report_the_card_says_so(hub, push, folder):
     status, log = push(folder, "org/no-report")
     assert status == 0

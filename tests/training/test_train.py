@@ -279,19 +279,23 @@ def test_fine_tuning_and_linear_probing(data, tmp_path):
 
 # PEFT's, of Transformers' older name for activation checkpointing.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_trains_adapters_that_load_again(data, tmp_path):
+def test_lora_trains_adapters_that_load_again(data, tmp_path, monkeypatch):
     from peft import PeftModel
+
+    monkeypatch.chdir(data)
 
     line = options(
         data,
         tmp_path / "out",
         model_config=None,
         tokenizer=None,
-        model_name_or_path=data / "model",
+        model_name_or_path="model",
         lora_rank=2,
         learning_rate=0.05,
     )
     assert main(line) == 0
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(data / "model")
     adapters = load_file(tmp_path / "out" / "adapter_model.safetensors")
     trained = {name.split(".")[-3] for name in adapters}
     assert trained == {"q_proj", "k_proj", "v_proj", "out_proj"}

@@ -39,6 +39,7 @@ logger = logging.getLogger("push_to_hub")
 
 PICKLES = {".bin", ".ckpt", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 DTYPES = ("F32", "F16", "BF16", "F64")
+CARD_FILE = "README.md"
 REQUIRED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -69,7 +70,7 @@ def check_folder(folder: Path) -> list[Path]:
             "'diffclip' of class ['DiffCLIPModel']."
         )
     try:
-        files = files_to_share(folder, also=[REPORT_FILE])
+        files = files_to_share(folder, also=[REPORT_FILE, CARD_FILE])
     except ValueError as error:
         raise PushError(f"DIR {error}") from error
     check_weights([path for path in files if path.suffix == ".safetensors"], folder)
@@ -162,7 +163,7 @@ def assemble(files: Iterable[Path], remote_code: bool, card: Card, folder: Path)
     Args:
         files: Of DIR; none is changed, and weights aren't copied.
         remote_code: Whether the code travels along.
-        card: What the model card says.
+        card: What the model card says, where the files have none.
         folder: An empty folder.
 
     Returns:
@@ -182,8 +183,12 @@ def assemble(files: Iterable[Path], remote_code: bool, card: Card, folder: Path)
             content = read_json_object(path)
             if content != (kept := without_auto_map(content)):
                 path.write_text(json_text(kept), encoding="utf-8")
-    (folder / "README.md").write_text(render_card(card), encoding="utf-8")
-    return repository | {"README.md": folder / "README.md"}
+    if CARD_FILE in repository:
+        logger.warning("DIR has a %s of its own, which becomes the model card. Remove it to get ours.", CARD_FILE)
+    else:
+        repository[CARD_FILE] = folder / CARD_FILE
+        repository[CARD_FILE].write_text(render_card(card), encoding="utf-8")
+    return repository
 
 
 def upload(repository: dict[str, Path], args: argparse.Namespace) -> bool:

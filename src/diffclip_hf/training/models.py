@@ -1,6 +1,7 @@
 """The models that the command trains: saved ones, new ones, classifiers, and those with LoRA adapters."""
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,9 @@ def _with_lora(model: nn.Module, args: ModelArguments, modules_to_save: list[str
     """Return the model with LoRA adapters on the attention's projections, which alone are trained."""
     from peft import LoraConfig, get_peft_model
 
+    # The adapters' folder names its base: a folder by a path that holds from everywhere.
+    if os.path.isdir(model.name_or_path):
+        model.name_or_path = os.path.abspath(model.name_or_path)
     alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
     return get_peft_model(
         model,
