@@ -17,7 +17,7 @@ ARROWS = {
     "data": {"common", "model"},
     "version": set(),
     "zero_shot_templates": set(),
-    "zero_shot": {"model"},
+    "zero_shot": {"common", "model"},
     "visualization": {"common", "model"},
     "training": {"common", "data", "model", "zero_shot", "zero_shot_templates"},
     "evaluation": {"common", "data", "model", "zero_shot", "zero_shot_templates"},

@@ -142,8 +142,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=int,
         metavar="N",
-        default=0,
-        help="How many processes read images. (default: %(default)s)",
+        help="How many threads read images; 0 or 1 reads them one after the other. (default: one for each core)",
     )
 
 
@@ -240,7 +239,7 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         OSError: The embeddings or the output can't be written.
     """
     cache = EmbeddingCache(None if args.no_cache else args.cache_dir or DEFAULT_FOLDER)
-    cache.check()
+    cache.check(mend="Or keep none, with --no-cache.")
     if args.output is not None:
         check_output_file(args.output)
     return Encoder.from_pretrained(

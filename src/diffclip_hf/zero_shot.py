@@ -3,10 +3,11 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import count, islice
 from numbers import Integral
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from .common.embedding_cache import EmbeddingCache
+from .common.keys import UnknownContentError, embedding_key
+from .common.reading_ahead import check_num_workers, read_ahead
 from .model.image_reading_diffclip import read_image
 from .model.offloading_diffclip import check_has_weights, execution_device, logit_scale_factor
 from .model.processing_diffclip import check_text
@@ -29,6 +33,7 @@ DEFAULT_IMAGE_COLUMN = "image"
 # A thread of an AMD EPYC takes 0.42 s for an image at ViT-B/16 in batches of 8, and 0.49 s in batches of 32.
 CPU_BATCH_SIZE = 8
 BATCH_SIZE = 64
+logger = logging.get_logger(__name__)
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
@@ -191,6 +196,11 @@ def mean_label_embeds(text_embeds: torch.Tensor, indices: Sequence[int], labels:
     return normalize(sums.index_add_(0, torch.tensor(indices, device=text_embeds.device), text_embeds), dim=-1)
 
 
+def _stays(source: Any) -> bool:
+    """Say whether what an iterator gives stays as it is when the iterator goes on, as a frame of a video may not."""
+    return isinstance(source, (str, os.PathLike, bytes)) or _is_encoded(source)
+
+
 def _unreadable(index: int, source: Any, error: Exception) -> ValueError:
     """Return the error that says which image can't be read, and why."""
     name = f" ({os.fspath(source)!r:.200})" if isinstance(source, (str, os.PathLike)) else ""
@@ -221,9 +231,10 @@ class ZeroShotClassifier:
     template they are those of Transformers' zero-shot image classification pipeline.
 
     Images are given as Pillow images, paths, URLs and what else `read_image` reads, arrays as the image processor
-    takes them, folders (`image_files`), a `datasets` dataset, or any iterable of these or of a dataset's rows. They're
-    read one at a time, and of each only its pixel values are kept, for a batch at a time. As in `to_rgb`, what is
-    transparent is laid over white.
+    takes them, folders (`image_files`), a `datasets` dataset, or any iterable of these or of a dataset's rows. As in
+    `to_rgb`, what is transparent is laid over white. They're read by several threads, a batch and two images a thread
+    ahead at most, of which only the pixel values are kept. An iterator whose length isn't known is asked for a batch at
+    a time, since it may wait for answers, and what it gives that it could change, such as arrays, is read at once.
 
     Args:
         model: A `DiffCLIPModel`, or another of Transformers' that has `get_text_features`, `get_image_features` and
@@ -234,6 +245,10 @@ class ZeroShotClassifier:
         templates: A template, or several to average, with `{}` where the label belongs; `IMAGENET_TEMPLATES`.
         batch_size: Images that go through the model at once; by default 8 on a CPU, which more make slower, else 64.
         text_batch_size: Texts that go through the model at once.
+        num_workers: Threads that read images; by default as many as there are cores, up to 32. With 0 or 1 they're
+            read one after the other in the thread that asks for them.
+        cache_dir: A folder where the labels' embeddings are kept, and taken from where nothing has changed that they
+            depend on: weights, configuration, dtype, device, texts, tokenizer and the versions of the code.
         progress_bar: Whether to show bars, which `transformers.logging.disable_progress_bar()` turns off too.
 
     Attributes:
@@ -243,8 +258,9 @@ class ZeroShotClassifier:
 
     Raises:
         ValueError: There's no label or template, one isn't a string or has half a character (`check_text`), or a
-            template lacks `{}`; a batch size is below 1; the model's scores aren't a softmax, as SigLIP's aren't, or
-            the model or the processor lacks a part.
+            template lacks `{}`; a batch size is below 1, or `num_workers` below 0; the model's scores aren't a
+            softmax, as SigLIP's aren't, or the model or the processor lacks a part.
+        OSError: Nothing can be written in `cache_dir`.
 
     Source: Radford et al. 2021 (CLIP), section 3.1.4; SLIP's `eval_zeroshot.py` for the order of mean and norm.
     """
@@ -258,6 +274,8 @@ class ZeroShotClassifier:
         *,
         batch_size: int | None = None,
         text_batch_size: int = 128,
+        num_workers: int | None = None,
+        cache_dir: str | os.PathLike | None = None,
         progress_bar: bool = True,
     ):
         for name, part, needed in (
@@ -281,9 +299,12 @@ class ZeroShotClassifier:
         self.model: Any = model
         self.processor = processor
         self.batch_size = batch_size
+        self.num_workers = check_num_workers(num_workers)
         self.progress_bar = progress_bar
         self.labels, texts, indices = label_texts(labels, templates)
-        self.label_embeds = self._encode_texts(texts, indices, text_batch_size)
+        cache = EmbeddingCache(cache_dir)
+        cache.check()
+        self.label_embeds = self._embed_labels(*self._tokenize(texts, indices, text_batch_size), cache)
 
     def __call__(self, images: Any, top_k: int | None = None, image_column: str | None = None) -> list[Any]:
         """Classify images; return what `stream` yields as a list, or its only element for a single image."""
@@ -331,16 +352,36 @@ class ZeroShotClassifier:
     def _batches(self, images: Any, image_column: str | None) -> Iterator[torch.Tensor]:
         """Yield each batch's logits, (at most batch_size, labels)."""
         sources, total = _sources(_undecoded(images, image_column))
-        pixel_values = self._read_all(sources, image_column)
+        # Whatever else has no length may wait for answers.
+        topped_up = total is not None or hasattr(sources, "features")
+        ahead = self.batch_size + 2 * self.num_workers if topped_up else self.batch_size
+        pixel_values = read_ahead(
+            self._rows(sources, image_column, whole=topped_up),
+            self._read,
+            self.num_workers,
+            ahead if total is None else min(ahead, total),
+            topped_up=topped_up,
+        )
         disable = not self.progress_bar or total == 1
-        with logging.tqdm(total=total, desc="Images", unit="image", disable=disable) as bar:
+        with (
+            closing(pixel_values),
+            logging.tqdm(total=total, desc="Images", unit="image", disable=disable) as bar,
+        ):
             while batch := list(islice(pixel_values, self.batch_size)):
                 yield self._image_logits(torch.cat(batch))
                 bar.update(len(batch))
 
-    def _read_all(self, sources: Iterable[Any], image_column: str | None) -> Iterator[torch.Tensor]:
-        """Yield each image's pixel values, float32, (1, channels, height, width)."""
+    def _rows(self, sources: Iterable[Any], image_column: str | None, whole: bool) -> Iterator[Any]:
+        """Yield each image's index, the image unread, and a lock for it; or its pixel values, where it has to be read.
+
+        Args:
+            sources: As `_sources` returns them.
+            image_column: As in `stream`.
+            whole: Whether the sources are there as a whole, rather than made one after the other.
+        """
         remaining = iter(sources)
+        # Of images that may be there twice, and whose file moves on as they're decoded.
+        locks = [Lock() for _ in range(61)]
         for index in count():
             try:
                 # A dataset reads the image here.
@@ -354,11 +395,19 @@ class ZeroShotClassifier:
                 if image_column not in source:
                     raise ValueError(f"Row {index} has the columns {list(source)}, and no {image_column!r}.")
                 source = source[image_column]
-            try:
-                pixel_values = self._pixel_values(source)
-            except Exception as error:
-                raise _unreadable(index, source, error) from error
-            yield pixel_values
+            row = (index, source, locks[id(source) // 16 % len(locks)])
+            yield row if whole or _stays(source) else self._read(row)
+
+    def _read(self, row: Any) -> torch.Tensor:
+        """Return an image's pixel values, float32, (1, channels, height, width)."""
+        if isinstance(row, torch.Tensor):
+            return row
+        index, source, lock = row
+        try:
+            with nullcontext() if _stays(source) else lock:
+                return self._pixel_values(source)
+        except Exception as error:
+            raise _unreadable(index, source, error) from error
 
     def _pixel_values(self, source: Any) -> torch.Tensor:
         if source is not None and not _is_single(source):
@@ -376,8 +425,14 @@ class ZeroShotClassifier:
         scale = logit_scale_factor(self.model).to(self.label_embeds.device)
         return (scale * image_embeds @ self.label_embeds.t()).cpu()
 
-    def _encode_texts(self, texts: list[str], indices: list[int], batch_size: int) -> torch.Tensor:
-        """Return the labels' embeddings, where `indices` says which label each text is of."""
+    def _tokenize(self, texts: list[str], indices: list[int], batch_size: int) -> tuple[list[Any], list[int]]:
+        """Return the texts' tokens in batches, and which label each text is of, both in the order of encoding.
+
+        Args:
+            texts: Any number.
+            indices: Each text's label.
+            batch_size: Texts in a batch.
+        """
         tokenizer = self.processor.tokenizer
         lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
         if max(lengths) > tokenizer.model_max_length:
@@ -389,18 +444,44 @@ class ZeroShotClassifier:
             )
         # Texts of a length together, so that there's little padding; the longest first, which need the most memory.
         order = sorted(range(len(texts)), key=lambda row: -lengths[row])
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches = [
+            tokenizer([texts[row] for row in chunk], padding=True, truncation=True, return_tensors="pt")
+            for chunk in chunks
+        ]
+        return batches, [indices[row] for row in order]
+
+    def _embed_labels(self, batches: list[Any], indices: list[int], cache: EmbeddingCache) -> torch.Tensor:
+        """Return the labels' embeddings, kept or computed; the arguments are what `_tokenize` returns."""
+        count = len(self.labels)
+
+        def compute() -> torch.Tensor:
+            return mean_label_embeds(self._encode_texts(batches), indices, count)
+
+        if cache.folder is None:
+            return compute()
+        try:
+            with _inference(self.model):
+                tokens = [dict(batch) for batch in batches]
+                key = embedding_key(self.model, kind="labels", tokens=tokens, labels=[count, *indices])
+        except UnknownContentError as error:
+            logger.warning("The labels' embeddings aren't kept, for it can't be known what they depend on: %s.", error)
+            return compute()
+        found = cache.get("labels", key, count, lambda: compute().cpu())
+        return found.to(execution_device(self.model))
+
+    def _encode_texts(self, batches: list[Any]) -> torch.Tensor:
+        """Return the embeddings of tokenized texts, L2-normalised, float32, (texts, projection_dim)."""
         device, chunks = execution_device(self.model), []
-        disable = not self.progress_bar or len(texts) <= batch_size
-        with logging.tqdm(total=len(texts), desc="Texts", unit="text", disable=disable) as bar:
-            for start in range(0, len(texts), batch_size):
-                chunk = [texts[row] for row in order[start : start + batch_size]]
-                tokens = tokenizer(chunk, padding=True, truncation=True, return_tensors="pt").to(device)
+        total = sum(len(tokens["input_ids"]) for tokens in batches)
+        disable = not self.progress_bar or len(batches) == 1
+        with logging.tqdm(total=total, desc="Texts", unit="text", disable=disable) as bar:
+            for tokens in batches:
                 with _inference(self.model):
-                    outputs = self.model.get_text_features(**tokens, return_dict=True)
+                    outputs = self.model.get_text_features(**tokens.to(device), return_dict=True)
                 chunks.append(normalize(outputs.pooler_output.float(), dim=-1))
-                bar.update(len(chunk))
-        text_embeds = torch.cat(chunks)
-        return mean_label_embeds(text_embeds, [indices[row] for row in order], len(self.labels))
+                bar.update(len(tokens["input_ids"]))
+        return torch.cat(chunks)
 
 
 __all__ = ["IMAGE_SUFFIXES", "ZeroShotClassifier", "image_files"]

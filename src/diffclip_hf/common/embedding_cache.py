@@ -30,13 +30,17 @@ class EmbeddingCache:
     def __init__(self, folder: str | os.PathLike | None):
         self.folder = None if folder is None else Path(folder)
 
-    def check(self) -> None:
-        """Raise an OSError if nothing can be written there."""
+    def check(self, mend: str = "") -> None:
+        """Raise an OSError if nothing can be written there.
+
+        Args:
+            mend: The last sentence of the error, which says what else can be done.
+        """
         if self.folder is not None:
             try:
                 check_output_file(self.folder / "trial.safetensors")
             except OSError as error:
-                raise OSError(f"Embeddings can't be kept: {error} Or keep none, with --no-cache.") from error
+                raise OSError(f"Embeddings can't be kept: {error} {mend}".rstrip()) from error
 
     def get(self, kind: str, key: Mapping[str, Any], rows: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the embeddings of that key, computed and kept if they aren't there, or are damaged.
