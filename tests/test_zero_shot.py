@@ -4,11 +4,13 @@ import io
 import re
 import struct
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hub_client import picture
@@ -300,6 +302,99 @@ def test_a_stream_reads_a_batch_at_a_time(model, processor, images):
     stream.close()
 
 
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory) -> list[Path]:
+    """Files of pictures that differ."""
+    folder, base = tmp_path_factory.mktemp("twenty"), picture()
+    for number in range(20):
+        base.rotate(17 * number).resize((40 + number, 36)).save(folder / f"{number:02}.png")
+    return image_files(folder)
+
+
+def test_threads_read_what_one_reads(model, processor, twenty, tmp_path):
+    """Bit for bit, whatever the pictures are given as; the seventh, damaged, is named, and nothing is left behind."""
+    alone, many = (ZeroShotClassifier(model, processor, LABELS, batch_size=3, num_workers=number) for number in (0, 4))
+    expected = alone.logits(twenty)
+    opened = [Image.open(path) for path in twenty]
+    for given in (twenty, map(str, twenty), opened, [path.read_bytes() for path in twenty]):
+        assert torch.equal(many.logits(given), expected)
+    assert torch.equal(many.logits([Image.open(twenty[0])] * 20), expected[:1].expand(20, -1))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(twenty[6].read_bytes()[:200])
+    damaged = [*twenty[:6], broken, *twenty[7:]]
+    found = {}
+    for classifier in (alone, many):
+        results = found.setdefault(classifier, [])
+        with pytest.raises(ValueError, match="Image 6 ") as caught:
+            results.extend(classifier.stream(damaged))
+        results.append(str(caught.value))
+    assert found[alone] == found[many]
+    assert len(found[many]) == 7, "two batches, and the error"
+    stream = many.stream(twenty)
+    next(stream)
+    del stream
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("diffclip-reading")]
+
+
+def test_a_picture_that_its_iterator_changes_is_read_at_once(model, processor, images):
+    """As frames of a video or a GIF may be."""
+
+    def frames():
+        buffer = np.zeros((50, 40, 3), np.uint8)
+        for image in images:
+            buffer[:] = np.asarray(image.resize((40, 50)))
+            yield buffer
+
+    classifier = ZeroShotClassifier(model, processor, LABELS, batch_size=2, num_workers=3)
+    expected = classifier.logits([np.asarray(image.resize((40, 50))) for image in images])
+    assert torch.equal(classifier.logits(frames()), expected)
+
+
+def test_label_embeddings_are_kept_and_computed_anew_where_something_changes(processor, tmp_path, monkeypatch):
+    model = randomised(DiffCLIPModel(tiny_config(text=BYTES)))
+    runs, encode = [], DiffCLIPModel.get_text_features
+
+    def counted(self, **inputs):
+        runs.append(1)
+        return encode(self, **inputs)
+
+    monkeypatch.setattr(DiffCLIPModel, "get_text_features", counted)
+
+    def embeds(labels=LABELS, templates="a {}", model=model, **options):
+        runs.clear()
+        found = ZeroShotClassifier(model, processor, labels, templates, cache_dir=tmp_path, **options).label_embeds
+        return found, len(runs)
+
+    plain = ZeroShotClassifier(model, processor, LABELS, "a {}").label_embeds
+    first, count = embeds()
+    assert count == 1
+    again, count = embeds()
+    assert count == 0
+    assert torch.equal(first, plain)
+    assert torch.equal(again, plain)
+    model.train()
+    assert embeds()[1] == 0, "the mode changes nothing, for it's run in evaluation mode"
+    model.eval()
+    assert embeds(templates="the {}")[1] == 1
+    assert embeds(labels=LABELS[:-1])[1] == 1
+    swapped, count = embeds(labels={"x": LABELS[1], "y": LABELS[0]})
+    assert count == 1
+    assert torch.equal(swapped, embeds(labels={"y": LABELS[1], "x": LABELS[0]})[0]), "by texts, not by labels"
+    with torch.no_grad():
+        model.text_projection.weight[0, 0] += 0.5
+    changed, count = embeds()
+    assert count == 1
+    assert not torch.equal(changed, plain)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    repaired, count = embeds()
+    assert count == 1
+    assert torch.equal(repaired, changed)
+    assert embeds()[1] == 0
+    with pytest.raises(OSError, match="Embeddings can't be kept: /dev/null/cache"):
+        ZeroShotClassifier(model, processor, LABELS, cache_dir="/dev/null/cache")
+
+
 def test_the_mode_is_left_as_it_was(processor, images):
     """Some modules in training, others not; with dropout the scores would differ in training."""
     model = randomised(DiffCLIPModel(tiny_config(text=BYTES, vision={"attention_dropout": 0.5})))
@@ -450,6 +545,7 @@ def test_a_long_label_is_cut_with_one_warning(model, processor, images):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": True}, "batch_size is True"),
         ({"text_batch_size": -1}, "text_batch_size is -1"),
+        ({"num_workers": -1}, "num_workers is -1; it must be a whole number of at least 0, or None"),
         ({"processor": object()}, "processor is a object, which has no tokenizer and no image_processor"),
         ({"model": torch.nn.Linear(1, 1)}, "model is a Linear, which has no get_text_features"),
     ],

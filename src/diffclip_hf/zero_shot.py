@@ -232,9 +232,9 @@ class ZeroShotClassifier:
 
     Images are given as Pillow images, paths, URLs and what else `read_image` reads, arrays as the image processor
     takes them, folders (`image_files`), a `datasets` dataset, or any iterable of these or of a dataset's rows. As in
-    `to_rgb`, what is transparent is laid over white. They're read by several threads, a batch and two images a thread
-    ahead at most, of which only the pixel values are kept. An iterator whose length isn't known is asked for a batch at
-    a time, since it may wait for answers, and what it gives that it could change, such as arrays, is read at once.
+    `to_rgb`, what is transparent is laid over white. They're read by several threads, at most a batch and two images a
+    thread ahead, and of each only its pixel values are kept. An iterator whose length isn't known is asked for a batch
+    at a time, since it may wait for answers; what it gives that it may change again, such as arrays, is read at once.
 
     Args:
         model: A `DiffCLIPModel`, or another of Transformers' that has `get_text_features`, `get_image_features` and

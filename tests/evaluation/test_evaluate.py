@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shlex
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -639,6 +640,21 @@ def test_a_damaged_file_of_the_cache_is_computed_again(damage, tmp_path):
     assert torch.equal(cache.get("x", {"a": 1}, 2, lambda: pytest.fail("it is there again")), embeds)
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_threads_read_what_one_reads(num_workers, tmp_path):
+    """Bit for bit, and the same row is named; 20 pictures of two sizes, of which the seventh is damaged later."""
+    column = image_column([picture(number).resize((40 + 9 * (number % 2), 37)) for number in range(20)])
+    dataset = datasets.Dataset.from_dict({"image": column}).cast_column("image", datasets.Image(decode=False))
+    expected = Encoder(*diffclip(), num_workers=0).image_embeds(dataset, "test")
+    encoder = Encoder(*diffclip(), cache=EmbeddingCache(tmp_path), num_workers=num_workers)
+    assert torch.equal(encoder.image_embeds(dataset, "test"), expected)
+    column[6] = {"bytes": column[6]["bytes"][:200], "path": "six.png"}
+    dataset = datasets.Dataset.from_dict({"image": column}).cast_column("image", datasets.Image(decode=False))
+    with pytest.raises(ValueError, match=r"Image 16 of the split test \(six.png\) can't be read"):
+        encoder.image_embeds(dataset, "test", rows=range(10, 30))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("diffclip-reading")]
+
+
 # The table and the command ------------------------------------------------------------------------------------------
 
 
@@ -743,7 +759,7 @@ def test_a_full_disk_leaves_the_table(saved, labelled, tmp_path, capsys, caplog,
         (["--templates", "a photo"], "each must be a string with {}"),
         (["--shots", "3", "--features", "pooled"], "--features, --shots can't be used with --task zero-shot"),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
-        (["--num-workers", "-1"], "num_workers is -1; it must be at least 0"),
+        (["--num-workers", "-1"], "num_workers is -1; it must be a whole number of at least 0"),
         (["--output", "."], ". exists and is not a file"),
         (["--output", "/dev/null/report.json"], "/dev/null/report.json can't be written"),
         (["--cache-dir", "/dev/null/cache"], "Embeddings can't be kept: /dev/null/cache/trial.safetensors"),

@@ -1,7 +1,7 @@
 """Pictures read by several threads: in order, with the errors of reading one by one, and never far ahead.
 
-Threads rather than processes: Pillow, numpy and torch let go of the interpreter's lock while they decode and resize, so
-that threads use the cores, and nothing has to be copied between processes, started, imported again or left behind.
+Threads rather than processes: Pillow, numpy and torch let go of the interpreter's lock while they decode and resize,
+and nothing has to be copied between processes, imported again, or left behind.
 """
 
 import os

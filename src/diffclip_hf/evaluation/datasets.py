@@ -5,13 +5,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..common.commands import require_extra
 from ..common.keys import image_digest
+from ..common.reading_ahead import check_num_workers, read_ahead
 from ..data.counts import non_empty_captions
 from ..data.label_names import check_seen, match_labels, name_labels, read_label_names, read_texts, wrong_labels
 from ..data.shard_files import names_shards
@@ -180,8 +181,13 @@ def _load_rows(spec: DatasetSpec, split: str) -> "datasets.Dataset":
     return dataset
 
 
-def load_captioned(spec: DatasetSpec, split: str) -> Captioned:
+def load_captioned(spec: DatasetSpec, split: str, num_workers: int | None = None) -> Captioned:
     """Open one part of a data set of images with captions; rows with the same file are one image.
+
+    Args:
+        spec: The data set.
+        split: The part.
+        num_workers: Threads that read the files, by default as many as there are cores.
 
     Raises:
         ValueError: As `load_image_text_dataset` raises; it names tar shards; or a row has no image or no caption.
@@ -194,11 +200,17 @@ def load_captioned(spec: DatasetSpec, split: str) -> Captioned:
     image_of_caption: list[int] = []
     rows: list[int] = []
     image_of_digest: dict[bytes, int] = {}
-    for row, (image, texts) in enumerate(zip(dataset["image"], captions_of_row, strict=True)):
+
+    def digest_of(row_and_image: tuple[int, Mapping[str, Any] | None]) -> bytes:
+        row, image = row_and_image
         try:
-            digest = image_digest(image)
+            return image_digest(image)
         except ValueError as error:
             raise ValueError(f"{spec.name}: row {row} of the split {split} can't be read: {error}") from error
+
+    workers = check_num_workers(num_workers)
+    digests = read_ahead(enumerate(dataset["image"]), digest_of, workers, min(len(dataset), 4 * workers))
+    for row, (digest, texts) in enumerate(zip(digests, captions_of_row, strict=True)):
         if digest not in image_of_digest:
             image_of_digest[digest] = len(rows)
             rows.append(row)

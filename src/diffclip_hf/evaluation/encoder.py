@@ -1,19 +1,20 @@
 """Embeddings of any of Transformers' CLIP-like models, DiffCLIP's among them, in one way for all."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..common.embedding_cache import EmbeddingCache
 from ..common.keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
 from ..common.loading import FULL_LENGTH_MODELS, check_device, load_model, load_processor
+from ..common.reading_ahead import check_num_workers, read_ahead
 from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
@@ -55,39 +56,11 @@ def _check_finite(embeds: torch.Tensor, kind: str) -> torch.Tensor:
     return embeds
 
 
-class _Images(Dataset):
-    """A data set's images, decoded, and made of one size in batches; one that can't be read is an error's text."""
-
-    def __init__(self, dataset: "datasets.Dataset", image_processor: Any):
-        self.dataset, self.image_processor = dataset, image_processor
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, bytes] | str:
-        image = self.dataset[index]["image"]
-        try:
-            content = read_encoded(image)
-            return read_image(content), hashlib.sha256(content).digest()
-        # A worker's own errors come with its traceback as a text.
-        except ValueError as error:
-            path = f" ({image['path']:.200})" if image and image["path"] else ""
-            return f"{index}{path} can't be read: {error}"
-
-    def collate(self, found: list[tuple[Image.Image, bytes] | str]) -> tuple[torch.Tensor, list[bytes]] | str:
-        """Return a batch's pixel values, and the digest of each image's file; or an error's text."""
-        for one in found:
-            if isinstance(one, str):
-                return one
-        images, digests = zip(*found, strict=True)
-        return self.image_processor(images=list(images), return_tensors="pt")["pixel_values"], list(digests)
-
-
-def check_batches(batch_size: int | None, num_workers: int) -> None:
-    """Raise a ValueError where a number is too small; a batch size of None is a default."""
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+def check_batches(batch_size: int | None, num_workers: int | None) -> None:
+    """Raise a ValueError where a number is too small; None is a default."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    check_num_workers(num_workers)
 
 
 class Encoder:
@@ -99,7 +72,8 @@ class Encoder:
         processor: With an `image_processor` and a `tokenizer`.
         cache: Where embeddings are kept.
         batch_size: Images at once; by default 8 on a CPU, else 64.
-        num_workers: Processes that read images, 0 to read them in this one.
+        num_workers: Threads that read images; by default as many as there are cores, up to 32. With 0 or 1 they're
+            read one after the other in the caller's thread.
 
     Raises:
         ValueError: The model or the processor lacks a part or weights, or a number is too small.
@@ -112,7 +86,7 @@ class Encoder:
         *,
         cache: EmbeddingCache | None = None,
         batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ):
         check_clip_like(model)
         check_has_weights(model)
@@ -127,7 +101,7 @@ class Encoder:
         self.model: Any = model.eval()
         self.processor: Any = processor
         self.cache = EmbeddingCache(None) if cache is None else cache
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers = batch_size, check_num_workers(num_workers)
 
     @classmethod
     def from_pretrained(
@@ -238,37 +212,58 @@ class Encoder:
             return self._encode_texts(batches, len(texts))
         return self.cache.get("texts", key, len(texts), lambda: self._encode_texts(batches, len(texts)))
 
+    def _read_all(
+        self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int], read: Callable[[Any], Any]
+    ) -> Iterator[Any]:
+        """Yield what `read` returns of each image, as `datasets` holds it undecoded, a bounded number ahead."""
+
+        def read_row(row: tuple[int, Mapping[str, Any] | None]) -> Any:
+            index, image = row
+            try:
+                return read(image)
+            except ValueError as error:
+                path = f" ({image['path']:.200})" if image and image["path"] else ""
+                raise ValueError(f"Image {row_of(index)} of the split {split}{path} can't be read: {error}") from error
+
+        ahead = min(len(dataset), self.batch_size + 2 * self.num_workers)
+        return read_ahead(enumerate(dataset["image"]), read_row, self.num_workers, ahead)
+
     def _images_digest(self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int]) -> str:
         """Return the SHA-256 of every image's file, in the order of the rows."""
         digest = hashlib.sha256()
-        with logging.tqdm(total=len(dataset), desc="Files", unit="file") as bar:
-            for index, image in enumerate(dataset["image"]):
-                try:
-                    digest.update(image_digest(image))
-                except ValueError as error:
-                    raise ValueError(f"Image {row_of(index)} of the split {split} can't be read: {error}") from error
+        with (
+            closing(self._read_all(dataset, split, row_of, image_digest)) as digests,
+            logging.tqdm(total=len(dataset), desc="Files", unit="file") as bar,
+        ):
+            for one in digests:
+                digest.update(one)
                 bar.update()
         return digest.hexdigest()
+
+    def _pixel_values(self, image: Mapping[str, Any] | None) -> tuple[torch.Tensor, bytes]:
+        """Return an image's pixel values, float32, (1, channels, height, width), and its file's SHA-256."""
+        content = read_encoded(image)
+        pixels = self.processor.image_processor(images=[read_image(content)], return_tensors="pt")["pixel_values"]
+        return pixels, hashlib.sha256(content).digest()
 
     def _encode_images(
         self, dataset: "datasets.Dataset", split: str, pooled: bool, row_of: Callable[[int], int]
     ) -> tuple[torch.Tensor, str]:
         """Return the embeddings, and what `_images_digest` returns of the files that were decoded."""
-        images = _Images(dataset, self.processor.image_processor)
-        loader = DataLoader(images, self.batch_size, num_workers=self.num_workers, collate_fn=images.collate)
         embeds, digest = [], hashlib.sha256()
-        with logging.tqdm(total=len(dataset), desc="Images", unit="image") as bar, torch.inference_mode():
-            for batch in loader:
-                if isinstance(batch, str):
-                    index, _, rest = batch.partition(" ")
-                    raise ValueError(f"Image {row_of(int(index))} of the split {split} {rest}")
-                pixel_values, digests = batch
+        with (
+            closing(self._read_all(dataset, split, row_of, self._pixel_values)) as images,
+            logging.tqdm(total=len(dataset), desc="Images", unit="image") as bar,
+            torch.inference_mode(),
+        ):
+            while batch := list(islice(images, self.batch_size)):
+                pixel_values, digests = zip(*batch, strict=True)
                 digest.update(b"".join(digests))
-                inputs = {"pixel_values": pixel_values.to(execution_device(self.model), self.model.dtype)}
+                inputs = {"pixel_values": torch.cat(pixel_values).to(execution_device(self.model), self.model.dtype)}
                 tower = self.model.vision_model if pooled else self.model.get_image_features
                 found = tower(**inputs, return_dict=True).pooler_output.float()
                 embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
-                bar.update(len(pixel_values))
+                bar.update(len(batch))
         return _check_finite(torch.cat(embeds), "image"), digest.hexdigest()
 
     def _tokenize(self, texts: Sequence[str]) -> list[Any]:

@@ -88,7 +88,7 @@ def zero_shot(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict
 
 def retrieval(encoder: Encoder, spec: DatasetSpec, options: TaskOptions) -> dict[str, Any]:
     """Measure Recall@1, 5 and 10 in both directions, with any number of captions an image; see `recall_at_k`."""
-    part = load_captioned(spec, spec.split)
+    part = load_captioned(spec, spec.split, encoder.num_workers)
     metrics = recall_at_k(
         encoder.text_embeds(part.captions),
         encoder.image_embeds(part.dataset, part.split, rows=part.rows),
