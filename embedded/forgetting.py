@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="for the figures and their picture")
     parser.add_argument("--model", default=str(Path(__file__).parent / "diffclip-emoji"))
     parser.add_argument("--vendor", default=HELD_OUT, help="whose style is trained on (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -7,15 +7,17 @@ import pytest
 import torch
 from distributed import assert_same
 from pairs import LabelledImages, Pairs, arguments, classifier, collate, collate_labels
+from safetensors.torch import load_file
 from tiny import EOS, TOWER, VOCABULARY, tiny_inputs, tiny_model
-from tokenizer_helper import BYTES
+from tokenizer_helper import BYTES, tiny_clip_tokenizer
 from torch import nn
 from torch.nn.functional import normalize
-from training_samples import rows, tiny_pair_model, tiny_processor
-from transformers import CLIPConfig, CLIPModel, set_seed
+from training_samples import pair_dataset, rows, tiny_pair_model, tiny_processor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, set_seed
 
 from diffclip_hf.data import ImageTextCollator, TeacherCollator
 from diffclip_hf.model.loss_diffclip import image_text_contrastive_loss
+from diffclip_hf.train import main
 from diffclip_hf.training import DiffCLIPTrainer
 from diffclip_hf.training.distillation import distillation_loss
 from diffclip_hf.training.fine_tuning import decay_by_depth, parameter_levels
@@ -291,6 +293,27 @@ def test_a_teacher_with_inputs_of_its_own(tmp_path):
     run.evaluate(rows(range(3)))  # with the same collator
     with pytest.raises(ValueError, match=r"teacher's image_size is 16, and the model's 32.*TeacherCollator"):
         trainer(tmp_path, tiny_pair_model(), data_collator=collators[0], **kwargs).train()
+
+
+def test_the_command_makes_a_teachers_own_inputs(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    side = {"height": 16, "width": 16}
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side), tiny_clip_tokenizer())
+    for name, parts in (
+        ("teacher", (clip(16, image_size=16, text=BYTES), processor)),
+        ("model", (tiny_pair_model(), tiny_processor())),
+    ):
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    pair_dataset().to_parquet(tmp_path / "pairs.parquet")
+    line = ["--model_name_or_path", "model", "--teacher", "teacher", "--train_data", "pairs.parquet"]
+    line = [str(tmp_path / word) if number % 2 else word for number, word in enumerate(line)]
+    line += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu", "--report_to", "none"]
+    assert main([*line, "--lock", "text", "--layer_decay", "0.5"]) == 0
+    assert "The teacher has its own inputs: size.shortest_edge is 32 and 16" in caplog.text
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(PARTS["text"])}
 
 
 # What doesn't go together -------------------------------------------------------------------------------------------
