@@ -1,22 +1,33 @@
 """Compare DiffCLIP's speed and memory with those of Transformers' CLIPModel at the same size, ViT-B/16.
 
-python benchmarks/speed.py [--only PART …] [--seconds 30] [--device cuda] [--output benchmarks/speed.json]
+python benchmarks/speed.py [--only PART …] [--seconds 6] [--device cuda] [--output benchmarks/speed.json]
 
 Writes the measurements (JSON), a table (Markdown) and two plots (PNG) beside each other. Parts:
 
-- core: differential attention alone against PyTorch's SDPA of the same width, forward, and forward and backward.
+- core: differential attention alone against PyTorch's SDPA of the same width, forward, and forward and backward;
+  `sdpa`, the default, beside each of our other forms.
 - projections: q, k and v as three matrix products, which the model does, and as one.
-- towers: the image and the text tower, forward; also compiled.
+- images, texts: the towers, forward.
+- compiled: the towers, compiled, forward.
+- busy: the image tower beside one and two busy processes, which multiply small matrices.
 - training: forward, contrastive loss, backward and AdamW.
+- memory: the peak of a process for each contender.
 - startup: importing the model class and loading a folder, each in a process of its own.
 
-The contenders of a case run in turn in one process until its time is over, two or three rounds at least; reported are
-medians, quartiles, and the ratio of the medians to the reference's. Peak memory is that of a process for each
-contender. The weights are random. On a GPU the towers and the training run in bfloat16.
+CLIPModel has our activations: exact GELU in the image tower, QuickGELU in the text tower. As OpenAI released it, it
+has QuickGELU in both, and is measured so too.
+
+The contenders of a case run in turn in one process, in another order each round, for at least seven rounds. Reported
+are the median times, the median of the rounds' ratios to the reference, and between which ratios the middle half of
+the rounds lies. A case measured again takes the place of the one in the file, and each says when and on which machine
+it was measured. The weights are random. On a GPU the towers and the training run in bfloat16.
 """
 
+import argparse
+import datetime
 import json
 import logging
+import os
 import random
 import statistics
 import subprocess
@@ -24,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,11 +56,14 @@ from transformers import CLIPConfig, CLIPModel
 
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel
 from diffclip_hf.model.attention_diffclip import differential_attention_forward
+from diffclip_hf.model.blocked_attention_diffclip import blocked_differential_attention, blocked_forward
 
 
 logger = logging.getLogger("speed")
-PARTS = ("core", "projections", "towers", "training", "startup")
-CLIP = "CLIPModel sdpa"
+PARTS = ("core", "projections", "images", "texts", "compiled", "busy", "training", "memory", "startup")
+CLIP = "CLIPModel"
+QUICK_GELU = "CLIPModel, QuickGELU"
+LEAST_ROUNDS = 7
 PLAIN_SDPA = "plain SDPA"
 # (batch, tokens, heads, head width, causal)
 CORE_SHAPES = [
@@ -62,6 +77,11 @@ CORE_SHAPES = [
     (1, 2049, 12, 64, False),
     (1, 4097, 12, 64, False),
 ]
+
+
+OWN_FORMS = ("formula", "blocks", "two SDPA calls")
+# (batch, tokens)
+TEXT_SHAPES = [(8, 77), (64, 12), (1, 8)]
 
 
 class Case:
@@ -78,12 +98,17 @@ def synchronize() -> None:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Return how long a call takes, or what it says itself, by returning a float."""
+    """Return how long a call takes, the mean of those in a tenth of a second, or what it says itself: a float."""
     synchronize()
     start = time.perf_counter()
-    own = function()
-    synchronize()
-    return own if isinstance(own, float) else time.perf_counter() - start
+    calls = 0
+    while calls == 0 or time.perf_counter() - start < 0.1:
+        own = function()
+        if isinstance(own, float):
+            return own
+        synchronize()
+        calls += 1
+    return (time.perf_counter() - start) / calls
 
 
 def measure(case: Case, budget: float) -> dict:
@@ -94,29 +119,26 @@ def measure(case: Case, budget: float) -> dict:
     draw = random.Random(0)
     start = time.perf_counter()
     rounds = 0
-    while rounds < 200 and (
-        rounds < 2
-        or time.perf_counter() - start < budget
-        or (rounds < 3 and time.perf_counter() - start < 60 * rounds)
-    ):
+    while rounds < LEAST_ROUNDS or time.perf_counter() - start < budget:
         # Another order each time: who runs after whom decides what memory the allocator has at hand.
         for name in draw.sample(list(times), len(times)):
             times[name].append(seconds(case.contenders[name]))
         rounds += 1
-    reference = statistics.median(times[case.reference])
     results = {}
     for name, values in times.items():
-        first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
+        ratios = [value / base for value, base in zip(values, times[case.reference], strict=True)]
+        first, middle, third = statistics.quantiles(ratios, n=4, method="inclusive")
         results[name] = {
-            "median_ms": round(middle * 1e3, 3),
-            "quartiles_ms": [round(first * 1e3, 3), round(third * 1e3, 3)],
-            "ratio": round(middle / reference, 3),
+            "median_ms": round(statistics.median(values) * 1e3, 3),
+            "ratio": round(middle, 3),
+            "middle_half_of_ratios": [round(first, 3), round(third, 3)],
         }
-        if "batch" in case.sizes and case.part != "core":
-            results[name]["items_per_second"] = round(case.sizes["batch"] / middle, 2)
-    return {"part": case.part, "what": case.what, **case.sizes, "reference": case.reference, "rounds": rounds} | {
-        "results": results
-    }
+    found = {"part": case.part, "what": case.what, **case.sizes, "reference": case.reference, "rounds": rounds}
+    if case.part == "core":
+        fastest = min(OWN_FORMS, key=lambda name: statistics.median(times[name]))
+        ratios = [value / base for value, base in zip(times["sdpa"], times[fastest], strict=True)]
+        found["sdpa_to_fastest_form"] = {"form": fastest, "ratio": round(statistics.median(ratios), 3)}
+    return found | {"results": results}
 
 
 # Attention alone ---------------------------------------------------------------------------------------------------
@@ -131,7 +153,7 @@ class CoreModule(nn.Module):
 
 
 def core_cases(device: str) -> Iterator[Case]:
-    """Yield attention alone: plain SDPA, the formula, what `sdpa` does here, and two SDPA calls."""
+    """Yield attention alone: plain SDPA, what `sdpa` does here, and our forms."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for batch, tokens, heads, width, causal in CORE_SHAPES:
         generator = torch.Generator().manual_seed(0)
@@ -154,6 +176,7 @@ def core_cases(device: str) -> Iterator[Case]:
             PLAIN_SDPA: (plain, plain_value),
             "sdpa": (ours("sdpa", module, None), value),
             "formula": (ours("eager", module, mask if causal else None), value),
+            "blocks": (blocks(causal), value),
             "two SDPA calls": (two_calls(causal), value),
         }
         for training in (False, True):
@@ -173,6 +196,16 @@ def ours(implementation: str, module: CoreModule, mask: torch.Tensor | None) -> 
         return differential_attention_forward(
             module, query, key, value, mask, lambda_value, 0.125, attn_implementation=implementation
         )[0]
+
+    return run
+
+
+def blocks(causal: bool) -> Callable:
+    """Return differential attention block by block."""
+
+    def run(query, key, value, lambda_value):
+        form = blocked_differential_attention if torch.is_grad_enabled() else blocked_forward
+        return form(query, key, value, None, lambda_value, 0.125, causal)
 
     return run
 
@@ -237,11 +270,9 @@ def build(name: str, image_size: int, device: str) -> nn.Module:
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if name.startswith("CLIPModel"):
-        vision = {"patch_size": 16, "image_size": image_size}
-        vision |= {"hidden_act": "gelu"} if name.endswith("gelu") else {}
-        model = CLIPModel(
-            CLIPConfig(vision_config={"hidden_size": 768, "intermediate_size": 3072, **vision}, projection_dim=512)
-        )
+        vision = {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 16, "image_size": image_size}
+        vision |= {} if name == QUICK_GELU else {"hidden_act": "gelu"}
+        model = CLIPModel(CLIPConfig(vision_config=vision, projection_dim=512))
         model.set_attn_implementation("sdpa")
     else:
         model = DiffCLIPModel(DiffCLIPConfig(vision_config={"image_size": image_size}))
@@ -249,9 +280,9 @@ def build(name: str, image_size: int, device: str) -> nn.Module:
     return model.to(device, dtype).eval()
 
 
-def inputs_of(model: nn.Module, batch: int, image_size: int) -> dict[str, torch.Tensor]:
-    """Return random images and texts of full length for a model."""
-    inputs = random_inputs(batch, image_size, model.config.text_config.max_position_embeddings)
+def inputs_of(model: nn.Module, batch: int, image_size: int, tokens: int = 77) -> dict[str, torch.Tensor]:
+    """Return random images and texts for a model."""
+    inputs = random_inputs(batch, image_size, tokens)
     pixel_values = inputs["pixel_values"].to(model.device, model.dtype)
     return {"input_ids": inputs["input_ids"].to(model.device), "pixel_values": pixel_values}
 
@@ -261,26 +292,59 @@ def implementations(device: str) -> list[str]:
     return ["sdpa", "eager"] if device == "cpu" else ["sdpa", "eager", "flash_attention_2", "differential_triton"]
 
 
-def tower_cases(device: str, batches: list[int]) -> Iterator[Case]:
-    """Yield the towers' forward passes."""
+def image_cases(device: str, batches: list[int]) -> Iterator[Case]:
+    """Yield the image tower's forward pass."""
     for image_size in (224, 336):
-        names = [CLIP, *implementations(device)]
-        models = {name: build(name, image_size, device) for name in names}
-        gelu = build("CLIPModel sdpa, gelu", image_size, device)
-        compiled = build("sdpa", image_size, device)
+        models = {name: build(name, image_size, device) for name in (CLIP, QUICK_GELU, *implementations(device))}
         for batch in batches:
             inputs = inputs_of(models[CLIP], batch, image_size)
-            contenders = dict(models)
-            if batch == 8:
-                contenders |= {"CLIPModel sdpa, gelu": gelu}
-                compiled.vision_model.compile(fullgraph=True)
-                compiled.text_model.compile(fullgraph=True)
-                contenders |= {"sdpa compiled": compiled}
-            towers = ["image"] if image_size != 224 else ["image", "text"]
-            for tower in towers:
-                runs = {name: tower_run(model, tower, inputs) for name, model in contenders.items()}
-                sizes = {"batch": batch, "image_size": image_size} if tower == "image" else {"batch": batch}
-                yield Case("towers", f"{tower} tower", sizes, CLIP, runs)
+            runs = {name: tower_run(model, "image", inputs) for name, model in models.items()}
+            yield Case("images", "image tower", {"batch": batch, "image_size": image_size}, CLIP, runs)
+
+
+def text_cases(device: str) -> Iterator[Case]:
+    """Yield the text tower's forward pass."""
+    models = {name: build(name, 224, device) for name in (CLIP, *implementations(device))}
+    for batch, tokens in TEXT_SHAPES:
+        inputs = inputs_of(models[CLIP], batch, 224, tokens)
+        runs = {name: tower_run(model, "text", inputs) for name, model in models.items()}
+        yield Case("texts", "text tower", {"batch": batch, "tokens": tokens}, CLIP, runs)
+
+
+def compiled_cases(device: str) -> Iterator[Case]:
+    """Yield the towers' forward pass, ours compiled."""
+    models = {CLIP: build(CLIP, 224, device), "sdpa compiled": build("sdpa", 224, device)}
+    models["sdpa compiled"].vision_model.compile(fullgraph=True)
+    models["sdpa compiled"].text_model.compile(fullgraph=True)
+    inputs = inputs_of(models[CLIP], 8, 224)
+    for tower in ("image", "text"):
+        runs = {name: tower_run(model, tower, inputs) for name, model in models.items()}
+        yield Case("compiled", f"{tower} tower, compiled", {"batch": 8}, CLIP, runs)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Run processes beside that multiply small matrices without end."""
+    code = "import numpy\na = numpy.random.rand(64, 64)\nwhile True:\n    a = a @ a\n    a /= a.max()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(count)]
+    try:
+        time.sleep(2)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def busy_cases(device: str) -> Iterator[Case]:
+    """Yield the image tower's forward pass beside busy processes, which run while the case is measured."""
+    models = {name: build(name, 224, device) for name in (CLIP, *implementations(device))}
+    inputs = inputs_of(models[CLIP], 8, 224)
+    runs = {name: tower_run(model, "image", inputs) for name, model in models.items()}
+    for count in (1, 2):
+        with busy_processes(count):
+            yield Case("busy", f"image tower beside {count} busy", {"batch": 8, "image_size": 224}, CLIP, runs)
 
 
 def tower_run(model: nn.Module, tower: str, inputs: dict) -> Callable[[], object]:
@@ -313,7 +377,7 @@ def training_run(model: nn.Module, batch: int, device: str) -> Callable[[], obje
 
 def training_cases(device: str, batches: list[int]) -> Iterator[Case]:
     """Yield whole training steps."""
-    names = [CLIP, *(name for name in implementations(device) if name != "eager")]
+    names = [CLIP, *implementations(device)]
     for batch in batches:
         runs = {name: training_run(build(name, 224, device), batch, device) for name in names}
         yield Case("training", "training step", {"batch": batch}, CLIP, runs)
@@ -384,60 +448,94 @@ def startup_cases(folder: Path) -> Iterator[Case]:
 # Output -------------------------------------------------------------------------------------------------------------
 
 
+def shown(found: dict) -> str:
+    """Return a ratio with the middle half of the rounds' ratios, if there were rounds."""
+    first, third = found.get("middle_half_of_ratios", (None, None))
+    return f"{found['ratio']:.2f}" + (f" ({first:.2f} to {third:.2f})" if first else "")
+
+
 def table(results: list[dict]) -> str:
     """Return the measurements as a Markdown table, a line for each contender that isn't the reference."""
     lines = [
-        "| case | reference | contender | reference's median | contender's | ratio |",
-        "|---|---|---|---|---|---|",
+        "| case | reference | contender | reference's median | contender's | ratio (middle half of rounds) | rounds | "
+        "measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        sizes = ", ".join(
-            f"{key.replace('_', ' ')} {result[key]}"
-            for key in ("batch", "tokens", "heads", "width", "image_size")
-            if key in result
-        )
-        causal = ", causal" if result.get("causal") else ""
         base = result["results"][result["reference"]]
         for name, found in result["results"].items():
             if name != result["reference"]:
-                case = f"{result['what']}{', ' if sizes else ''}{sizes}{causal}"
-                lines.append(
-                    f"| {case} | {result['reference']} | {name} | {amount(base)} | {amount(found)} | "
-                    f"{found['ratio']:.2f} |"
-                )
+                cells = [title(result), result["reference"], name, amount(base), amount(found), shown(found)]
+                cells += [str(result.get("rounds", "")), result["measured"]["date"]]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-# The README's rows: what to call it, and the case's fields.
+def title(result: dict) -> str:
+    """Return what a result measures, with its sizes."""
+    fields = ("batch", "tokens", "heads", "width", "image_size")
+    sizes = [f"{field.replace('_', ' ')} {result[field]}" for field in fields if field in result]
+    return ", ".join([result["what"], *sizes, *(["causal"] if result.get("causal") else [])])
+
+
+# The rows of the guide's table: what to call it, and the case's fields.
 SUMMARY = [
-    ("Image tower, batch 8", {"part": "towers", "what": "image tower", "batch": 8, "image_size": 224}),
-    ("Image tower at 336 px, batch 8", {"part": "towers", "what": "image tower", "batch": 8, "image_size": 336}),
-    ("Text tower, batch 8", {"part": "towers", "what": "text tower", "batch": 8}),
+    ("Image tower, batch 1", {"part": "images", "batch": 1, "image_size": 224}),
+    ("Image tower, batch 8", {"part": "images", "batch": 8, "image_size": 224}),
+    ("Image tower at 336 px, batch 1", {"part": "images", "batch": 1, "image_size": 336}),
+    ("Image tower at 336 px, batch 8", {"part": "images", "batch": 8, "image_size": 336}),
+    ("Image tower, batch 8, beside one busy process", {"what": "image tower beside 1 busy"}),
+    ("Image tower, batch 8, beside two", {"what": "image tower beside 2 busy"}),
+    ("Text tower, 8 × 77 tokens", {"part": "texts", "batch": 8, "tokens": 77}),
+    ("Text tower, 64 × 12 tokens", {"part": "texts", "batch": 64, "tokens": 12}),
+    ("Text tower, 1 × 8 tokens", {"part": "texts", "batch": 1, "tokens": 8}),
     ("Training step, batch 8", {"part": "training", "batch": 8}),
-    ("Its peak memory", {"part": "memory", "what": "peak memory, training", "batch": 8}),
-    ("Attention alone, 8 × 197 tokens", {"part": "core", "what": "forward", "tokens": 197, "batch": 8}),
-    ("Attention alone, 1 × 1,025 tokens", {"part": "core", "what": "forward", "tokens": 1025}),
-    (
-        "Attention alone, 8 × 77 tokens, causal",
-        {"part": "core", "what": "forward", "tokens": 77, "causal": True, "batch": 8},
-    ),
+    ("Training step, batch 16", {"part": "training", "batch": 16}),
+    ("Its peak memory, batch 8", {"part": "memory", "what": "peak memory, training", "batch": 8}),
     ("`import` in a new process", {"part": "startup", "what": "import in a new process"}),
     ("`from_pretrained` in a new process", {"part": "startup", "what": "from_pretrained in a new process"}),
 ]
 
 
-def summary(described: dict) -> str:
-    """Return the README's table: `sdpa` and `eager` against CLIPModel, or against plain SDPA for attention alone."""
-    lines = ["| | CLIPModel | DiffCLIPModel, `sdpa` | ratio | `eager`'s ratio |", "|---|---|---|---|---|"]
+def summary(results: list[dict]) -> str:
+    """Return the guide's table: `sdpa` and `eager` against CLIPModel with the same activations, and QuickGELU's."""
+    lines = [
+        "| not run on a GPU | CLIPModel | DiffCLIPModel, `sdpa` | ratio (middle half of rounds) | `eager`'s | "
+        "CLIPModel's with QuickGELU |"
+        if all(result["measured"]["device"] == "cpu" for result in results)
+        else "| | CLIPModel | DiffCLIPModel, `sdpa` | ratio (middle half of rounds) | `eager`'s | "
+        "CLIPModel's with QuickGELU |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, fields in SUMMARY:
-        for result in described["results"]:
+        for result in results:
             if fields.items() <= result.items():
                 found = result["results"]
-                eager = found.get("eager", found.get("formula"))
-                lines.append(
-                    f"| {name} | {amount(found[result['reference']])} | {amount(found['sdpa'])} | "
-                    f"{found['sdpa']['ratio']:.2f} | {format(eager['ratio'], '.2f') if eager else ''} |"
-                )
+                others = [f"{found[other]['ratio']:.2f}" if other in found else "" for other in ("eager", QUICK_GELU)]
+                cells = [
+                    name,
+                    amount(found[result["reference"]]),
+                    amount(found["sdpa"]),
+                    shown(found["sdpa"]),
+                    *others,
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def core_summary(results: list[dict]) -> str:
+    """Return the table of attention alone: the times of plain SDPA's, and `sdpa`'s to the fastest form's."""
+    names = ("sdpa", *OWN_FORMS)
+    lines = [
+        f"| attention alone, ÷ plain SDPA | {' | '.join(names)} | `sdpa` ÷ the fastest form |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
+    for result in results:
+        if result["part"] == "core":
+            fastest = result["sdpa_to_fastest_form"]
+            ratios = [f"{result['results'][name]['ratio']:.2f}" for name in names]
+            cells = [title(result), *ratios, f"{fastest['ratio']:.2f} ({fastest['form']})"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -473,30 +571,56 @@ def plot_models(results: list[dict], path: Path) -> None:
     """Draw the whole models' ratios, if they were measured."""
     from matplotlib.figure import Figure
 
-    whole = [result for result in results if result["part"] in ("towers", "training", "memory", "startup")]
+    whole = [result for result in results if result["part"] not in ("core", "projections")]
     if not whole:
         return
-    labels = [
-        f"{result['what']}"
-        + (f", {result['image_size']} px" if "image_size" in result else "")
-        + (f", batch {result['batch']}" if "batch" in result else "")
-        for result in whole
-    ]
+    labels = [title(result) for result in whole]
     figure = Figure(figsize=(9, 0.45 * len(whole) + 1.4), layout="constrained")
     axis = figure.subplots()
-    for offset, name in enumerate(("sdpa", "eager", "sdpa compiled")):
+    for offset, name in enumerate(("sdpa", "eager", QUICK_GELU)):
         rows = [row for row, result in enumerate(whole) if name in result["results"]]
         places = [row + 0.27 * (offset - 1) for row in rows]
         ratios = [whole[row]["results"][name]["ratio"] for row in rows]
-        axis.barh(places, ratios, height=0.25, label=f"DiffCLIPModel {name}")
+        axis.barh(places, ratios, height=0.25, label=name if name == QUICK_GELU else f"DiffCLIPModel {name}")
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks(range(len(whole)), labels)
     axis.invert_yaxis()
-    axis.set_xlabel("÷ CLIPModel sdpa's of the same size (less is better)")
+    axis.set_xlabel("÷ CLIPModel's with the same size and activations (less is better)")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="small")
     axis.set_ylim(len(whole) - 0.4, -1.3)
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def same_case(result: dict) -> tuple:
+    """Return what makes a case the same when it is measured again."""
+    return tuple(
+        (field, result.get(field)) for field in ("part", "what", "batch", "tokens", "heads", "image_size", "causal")
+    )
+
+
+def all_results(only: list[str], args: argparse.Namespace) -> Iterator[dict]:
+    """Measure the parts that are asked for."""
+    device = args.device
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {
+            "core": lambda: core_cases(device),
+            "projections": lambda: projection_cases(device),
+            "images": lambda: image_cases(device, args.batches or ([1, 8] if device == "cpu" else [1, 8, 64, 256])),
+            "texts": lambda: text_cases(device),
+            "compiled": lambda: compiled_cases(device),
+            "busy": lambda: busy_cases(device),
+            "training": lambda: training_cases(device, args.training_batches),
+            "startup": lambda: startup_cases(Path(folder)),
+        }
+        for part in only:
+            if part == "memory":
+                yield from memory_results(
+                    device, [("forward", 8), *(("training", size) for size in args.training_batches)]
+                )
+                continue
+            for case in tqdm(cases[part](), desc=part):
+                yield measure(case, args.seconds)
 
 
 def main() -> None:
@@ -507,37 +631,25 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = make_parser(__doc__, __file__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--seconds", type=float, default=30, help="for each case, beyond its least number of rounds")
+    parser.add_argument("--seconds", type=float, default=6, help="for each case, beyond its least number of rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--batches", nargs="+", type=int, help="of the towers; 1 8 64, and 128 256 on a GPU")
-    parser.add_argument("--training-batches", nargs="+", type=int, help="8 16; 64 256 on a GPU")
+    parser.add_argument("--batches", nargs="+", type=int, help="of the image tower; 1 8, and 64 256 too on a GPU")
+    parser.add_argument("--training-batches", nargs="+", type=int, default=[8, 16])
     args = parser.parse_args()
-    on_cpu = args.device == "cpu"
-    batches = args.batches or ([1, 8, 64] if on_cpu else [1, 8, 64, 128, 256])
-    training_batches = args.training_batches or ([8, 16] if on_cpu else [64, 256])
 
     output: Path = args.output
-    before = json.loads(output.read_text())["results"] if output.exists() else []
-    kept = {"memory": "training"}
-    results = [result for result in before if kept.get(result["part"], result["part"]) not in args.only]
-    with tempfile.TemporaryDirectory() as folder:
-        parts = {
-            "core": lambda: core_cases(args.device),
-            "projections": lambda: projection_cases(args.device),
-            "towers": lambda: tower_cases(args.device, batches),
-            "training": lambda: training_cases(args.device, training_batches),
-            "startup": lambda: startup_cases(Path(folder)),
-        }
-        for part in args.only:
-            for case in tqdm(parts[part](), desc=part):
-                results.append(measure(case, args.seconds))
-                logger.info("%s", {name: found["ratio"] for name, found in results[-1]["results"].items()})
-    if "training" in args.only:
-        results += memory_results(args.device, [("forward", 8), *(("training", batch) for batch in training_batches)])
-    results.sort(key=lambda result: [*PARTS, "memory"].index(result["part"]))
-    described = {**measured_on("float32" if on_cpu else "bfloat16"), "results": results}
-    write_report(output, described)
-    output.with_suffix(".md").write_text(f"{summary(described)}\n{table(results)}")
+    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    where = {"date": today, "device": args.device, **measured_on("float32" if args.device == "cpu" else "bfloat16")}
+    for found in all_results(args.only, args):
+        logger.info("%s: %s", title(found), {name: shown(each) for name, each in found["results"].items()})
+        results = [result for result in results if same_case(result) != same_case(found)]
+        results.append(found | {"measured": where})
+        results.sort(key=lambda result: PARTS.index(result["part"]))
+        write_report(output, results)
+    output.with_suffix(".md").write_text(
+        "\n".join([summary(results), core_summary(results), table(results)]), encoding="utf-8"
+    )
     plot_core(results, output.with_name(f"{output.stem}_core.png"))
     plot_models(results, output.with_name(f"{output.stem}_model.png"))
 

@@ -10,7 +10,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .blocked_attention_diffclip import blocked_differential_attention, blocked_forward, fits_one_block, score_bias
+from .blocked_attention_diffclip import (
+    blocked_differential_attention,
+    blocked_forward,
+    keeps_maps,
+    kept_differential_attention,
+)
 from .precision_diffclip import at_least_float32
 
 
@@ -192,9 +197,8 @@ def differential_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Differential attention under any implementation of Transformers' attention interface.
 
-    `"sdpa"` is the fastest exact form: on the CPU the formula where its maps are one block, and the same block by
-    block where they are more; elsewhere, with dropout and in an exported graph, PyTorch's SDPA. The crossover is
-    `BLOCK_ENTRIES_PER_THREAD`.
+    `"sdpa"` is the fastest exact form: on the CPU block by block, or with kept maps in training (`keeps_maps`);
+    elsewhere, with dropout and in an exported graph, PyTorch's SDPA.
 
     The arguments and the output are those of `eager_differential_attention_forward`, but that a mask is what the
     implementation expects, and that `is_causal` says whether a query sees earlier tokens alone where no mask is given
@@ -236,17 +240,19 @@ def _on_cpu(
     scaling: float,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Return differential attention in the fastest of the exact forms: by the formula, or block by block."""
+    """Return differential attention in the fastest of the exact forms, all of which are the formula's steps.
+
+    Without gradients it goes block by block, whose maps stay in the caches. With gradients the maps are kept where
+    they are no larger than what else a transformer's block keeps, and else computed again, block by block.
+    """
     arguments = (query, key, value, attention_mask, lambda_value, scaling, is_causal)
     # While compiling always the operator, since a choice by size would compile anew at the crossover.
     if torch.compiler.is_compiling():
         return blocked_differential_attention(*arguments)
     if not torch.is_grad_enabled():
         return blocked_forward(*arguments)
-    if not fits_one_block(query):
-        return blocked_differential_attention(*arguments)
-    bias = score_bias(attention_mask, is_causal, slice(None), slice(0, query.shape[2]), query.dtype)
-    return eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)[0]
+    form = kept_differential_attention if keeps_maps(query) else blocked_differential_attention
+    return form(*arguments)
 
 
 def _from_attention_interface(

@@ -1,6 +1,5 @@
 """Exact differential attention on the CPU that holds the maps of one block at a time, small enough for its caches."""
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -19,6 +18,14 @@ LEAST_KEYS = 16
 
 # Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
 _NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+
+
+def keeps_maps(query: torch.Tensor) -> bool:
+    """Say whether both maps are kept for the backward pass: where they are at most as large as what a block keeps.
+
+    A transformer's block keeps about 16 hidden states a token, and the maps are num_heads · tokens numbers a token.
+    """
+    return query.shape[2] <= 16 * query.shape[3]
 
 
 def fits_one_block(query: torch.Tensor) -> bool:
@@ -41,12 +48,6 @@ def _block_sizes(query: torch.Tensor) -> tuple[int, int, int]:
     return batch, pairs, -(-length // -(-length // rows))
 
 
-def _room(query: torch.Tensor) -> torch.Tensor:
-    """Return room for the maps of the largest block, which all blocks use."""
-    batch, pairs, rows = _block_sizes(query)
-    return query.new_empty(2 * batch * pairs * rows * query.shape[2])
-
-
 def _blocks(
     query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
 ) -> Iterator[tuple[slice, slice, slice, slice, slice, torch.Tensor | None]]:
@@ -59,7 +60,7 @@ def _blocks(
     batch, pairs, row_count = _block_sizes(query)
     # Where every block has all query rows, what is causal is the same in each.
     is_shared = attention_mask is None and row_count == length
-    shared = _causal_bias(length, query.dtype) if is_shared and is_causal else None
+    shared = _whole_bias(query, None, is_causal) if is_shared else None
     for batch_start in range(0, batch_size, batch):
         batch_rows = slice(batch_start, min(batch_size, batch_start + batch))
         for pair_start in range(0, num_heads // 2, pairs):
@@ -101,6 +102,13 @@ def score_bias(
     return None
 
 
+def _whole_bias(query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor | None:
+    """Return the `score_bias` of a whole batch."""
+    if attention_mask is None:
+        return _causal_bias(query.shape[2], query.dtype) if is_causal else None
+    return score_bias(attention_mask, is_causal, slice(None), slice(None), query.dtype)
+
+
 @lru_cache(maxsize=8)
 def _causal_bias(length: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the `score_bias` of short causal texts whole, which every layer of every call adds and none changes."""
@@ -117,35 +125,44 @@ def _softmax_(scores: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-def _maps(
-    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float, room: torch.Tensor
-) -> torch.Tensor:
+def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
     """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better.
 
     Args:
         query, key: A block's, (batch, heads, tokens, head_dim).
         bias: Broadcastable to (batch, heads, tokens, tokens), or None.
         scaling: Factor on the scores.
-        room: At least as many entries as the maps have, which are written there.
 
     Returns:
         (batch · heads, tokens, tokens).
     """
-    batch_size, num_heads, rows, _ = query.shape
     if bias is not None and bias.ndim == 4:
-        bias = bias.expand(batch_size, num_heads, *bias.shape[2:]).flatten(0, 1)
-    shape = (batch_size * num_heads, rows, key.shape[2])
-    scores = room[: math.prod(shape)].view(shape)
+        bias = bias.expand(*query.shape[:2], *bias.shape[2:]).flatten(0, 1)
     # The factor and the bias within the product: on a CPU each would be a pass over the scores.
-    torch.baddbmm(
+    scores = torch.baddbmm(
         query.new_empty(1, 1, 1) if bias is None else bias,
         query.flatten(0, 1),
         key.flatten(0, 1).transpose(1, 2),
         beta=0 if bias is None else 1,
         alpha=scaling,
-        out=scores,
     )
     return _softmax_(scores)
+
+
+def _block_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: float,
+    scaling: float,
+) -> torch.Tensor:
+    """Return (A1 − weight·A2)·v of a block, (batch, rows, pairs, 2 · head_dim)."""
+    maps = _maps(query, key, bias, scaling)
+    difference = maps[0::2].sub_(maps[1::2], alpha=weight)
+    return (
+        torch.bmm(difference, value.flatten(0, 1)).view(*value.shape[:2], *difference.shape[1:2], -1).transpose(1, 2)
+    )
 
 
 def blocked_forward(
@@ -174,13 +191,13 @@ def blocked_forward(
     Source: paper arXiv 2503.06626, section 3.
     """
     weight = lambda_value.item()
+    if fits_one_block(query):
+        bias = _whole_bias(query, attention_mask, is_causal)
+        return _block_forward(query, key, value, bias, weight, scaling).contiguous()
     output = value.new_empty(value.transpose(1, 2).shape)
-    room = _room(query)
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        maps = _maps(query[batch, heads, rows], key[batch, heads, keys], bias, scaling, room)
-        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
-        block = torch.bmm(difference, value[batch, pairs, keys].flatten(0, 1))
-        output[batch, rows, pairs] = block.unflatten(0, (batch.stop - batch.start, -1)).transpose(1, 2)
+        block = query[batch, heads, rows], key[batch, heads, keys], value[batch, pairs, keys]
+        output[batch, rows, pairs] = _block_forward(*block, bias, weight, scaling)
     return output
 
 
@@ -208,41 +225,54 @@ def _backward(
     scaling: float,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key, value and λ.
-
-    With M = A1 − λ·A2 and G the output's gradient: dM = G·vᵀ, dv = Mᵀ·G, dA1 = dM, dA2 = −λ·dM, dλ = −Σ A2·dM.
-    """
+    """Return the gradients of query, key, value and λ, block by block."""
     weight = lambda_value.item()
     grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
     grad_key.zero_(), grad_value.zero_()
-    grad_lambda = 0.0
-    room = _room(query)
-    # Of the first and the second map's scores: dA2 is −λ·dA1.
-    factors = query.new_tensor([scaling, -weight * scaling])[:, None, None]
+    grad_lambda = torch.zeros((), dtype=torch.float64)
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
         shape = (batch.stop - batch.start, -1)
         block_query, block_key = query[batch, heads, rows], key[batch, heads, keys]
-        grad = grad_output[batch, rows, pairs].transpose(1, 2).flatten(0, 1)
-        maps = _maps(block_query, block_key, bias, scaling, room)
-        grad_difference = torch.bmm(grad, value[batch, pairs, keys].flatten(0, 1).transpose(1, 2))
-        both = maps.unflatten(0, (-1, 2))
-        # Back through both softmaxes at once: A·(dM − Σ A·dM), the sum over a row's keys.
-        grad_scores = both * grad_difference[:, None]
-        sums = grad_scores.sum(-1, keepdim=True)
-        grad_lambda -= sums[:, 1].sum(dtype=torch.float64).item()
-        grad_scores = grad_scores.addcmul_(both, sums, value=-1).flatten(0, 1)
-        block = torch.bmm(grad_scores, _scaled(block_key, factors))
-        grad_query[batch, heads, rows] = block.unflatten(0, shape)
-        block = torch.bmm(grad_scores.transpose(1, 2), _scaled(block_query, factors))
-        grad_key[batch, heads, keys] += block.unflatten(0, shape)
-        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
-        grad_value[batch, pairs, keys] += torch.bmm(difference.transpose(1, 2), grad).unflatten(0, shape)
-    return grad_query, grad_key, grad_value, lambda_value.new_tensor(grad_lambda)
+        grads = _block_backward(
+            grad_output[batch, rows, pairs].transpose(1, 2).flatten(0, 1),
+            block_query.flatten(0, 1),
+            block_key.flatten(0, 1),
+            value[batch, pairs, keys].flatten(0, 1),
+            _maps(block_query, block_key, bias, scaling),
+            weight,
+            scaling,
+        )
+        grad_query[batch, heads, rows] = grads[0].unflatten(0, shape)
+        grad_key[batch, heads, keys] += grads[1].unflatten(0, shape)
+        grad_value[batch, pairs, keys] += grads[2].unflatten(0, shape)
+        grad_lambda += grads[3]
+    return grad_query, grad_key, grad_value, grad_lambda.to(lambda_value.dtype)
 
 
-def _scaled(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Return a block's queries or keys, (batch, heads, tokens, head_dim), times the factors of a pair's two heads."""
-    return (states.unflatten(1, (-1, 2)) * factors).flatten(0, 2)
+def _block_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    maps: torch.Tensor,
+    weight: float,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a block's gradients of query, key, value and λ; batch and heads, or pairs, are one dimension everywhere.
+
+    With M = A1 − λ·A2 and G the output's gradient: dM = G·vᵀ, dv = Mᵀ·G, dA1 = dM, dA2 = −λ·dM, dλ = −Σ A2·dM.
+    """
+    grad_difference = torch.bmm(grad, value.transpose(1, 2))
+    second = maps[1::2]
+    grad_lambda = -(second * grad_difference).sum(dtype=torch.float64)
+    # Back through both softmaxes at once, as if dA2 were dM too; −λ follows on the queries and keys, which are small.
+    grad_maps = torch.stack([grad_difference, grad_difference], dim=1).flatten(0, 1)
+    grad_scores = torch.ops.aten._softmax_backward_data.out(grad_maps, maps, -1, maps.dtype, grad_input=grad_maps)
+    factors = query.new_tensor([scaling, -weight * scaling])[:, None, None]
+    grad_query = torch.bmm(grad_scores, (key.unflatten(0, (-1, 2)) * factors).flatten(0, 1))
+    grad_key = torch.bmm(grad_scores.transpose(1, 2), (query.unflatten(0, (-1, 2)) * factors).flatten(0, 1))
+    difference = torch.sub(maps[0::2], second, alpha=weight, out=grad_difference)
+    return grad_query, grad_key, torch.bmm(difference.transpose(1, 2), grad), grad_lambda
 
 
 def _backward_buffers(
@@ -273,3 +303,43 @@ def _autograd(ctx, grad_output):
 
 
 blocked_differential_attention.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Kept(torch.autograd.Function):
+    """`blocked_forward` in one block, that keeps its maps for the backward pass."""
+
+    @staticmethod
+    def forward(query, key, value, bias, lambda_value, scaling):
+        batch_size, num_heads, length, _ = query.shape
+        maps = _maps(query, key, bias, scaling)
+        difference = torch.sub(maps[0::2], maps[1::2], alpha=lambda_value.item())
+        output = torch.bmm(difference, value.flatten(0, 1)).view(batch_size, num_heads // 2, length, -1)
+        return output.transpose(1, 2).contiguous(), maps
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, _, lambda_value, ctx.scaling = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, value, lambda_value, output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, _):
+        query, key, value, lambda_value, maps = ctx.saved_tensors
+        flat = (tensor.flatten(0, 1) for tensor in (grad_output.transpose(1, 2), query, key, value))
+        *grads, grad_lambda = _block_backward(*flat, maps, lambda_value.item(), ctx.scaling)
+        grad_query, grad_key, grad_value = (grad.unflatten(0, (len(query), -1)) for grad in grads)
+        return grad_query, grad_key, grad_value, None, grad_lambda.to(lambda_value.dtype), None
+
+
+def kept_differential_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lambda_value: torch.Tensor,
+    scaling: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Return what `blocked_forward` does, with gradients, for which the maps are kept: fewer products, more memory."""
+    return _Kept.apply(query, key, value, _whole_bias(query, attention_mask, is_causal), lambda_value, scaling)[0]

@@ -80,8 +80,8 @@ def attention_mask_of(
         hidden_states,
         attention_mask,
         None,
-        # Whether a mask can be left out is read off it, which meta tensors don't allow.
-        allow_is_causal_skip=not hidden_states.is_meta,
+        # Whether a mask can be left out is read off it, which meta tensors don't allow and for which a GPU is waited.
+        allow_is_causal_skip=hidden_states.device.type == "cpu",
     )
 
 
@@ -102,6 +102,9 @@ def end_of_text(
 ) -> torch.Tensor:
     """Return the index of each text's first end-of-text token, (batch, 1), or raise where there is none.
 
+    In a graph and on a CUDA device, which nothing here waits for, that is asserted where it is computed; what ids are
+    in the vocabulary the embedding asserts there.
+
     Args:
         input_ids: Token ids, (batch, tokens).
         start: What `start_of_text` returns; end-of-text tokens before it are padding.
@@ -112,7 +115,7 @@ def end_of_text(
     is_end = torch.stack([input_ids == token_id for token_id in eos_token_ids]).any(0)
     is_end = is_end & (torch.arange(input_ids.shape[-1], device=input_ids.device) >= start)
     has_end = is_end.any(-1)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_cuda:
         torch._assert_async(has_end.all(), "input_ids has a row without an end-of-text token")
     elif not input_ids.is_meta:
         check_token_rows(input_ids, has_end, eos_token_id, vocab_size)

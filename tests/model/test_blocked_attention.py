@@ -7,7 +7,7 @@ from tolerances import EAGER_AGAINST_SDPA, HALF_PRECISION, assert_gradients_clos
 from transformers import AttentionInterface
 
 from diffclip_hf.model import attention_diffclip, blocked_attention_diffclip
-from diffclip_hf.model.blocked_attention_diffclip import blocked_differential_attention
+from diffclip_hf.model.blocked_attention_diffclip import blocked_differential_attention, kept_differential_attention
 
 
 SCALING = 0.3
@@ -84,6 +84,26 @@ def test_every_cut_is_the_formula(entries, mask, threads, monkeypatch):
     found = with_gradients(blocked, tensors)
     expected = with_gradients(lambda *inputs: formula(*inputs, bias), tensors)
     for name, value in expected.items():
+        assert relative_error(found[name], value) <= 1e-12, name
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "left padding"])
+def test_kept_maps_are_the_formula(mask):
+    batch, length = 5, 19
+    tensors = draw(batch, length, 4, 8)
+    attention_mask = bool_mask(mask, batch, length)
+    bias = torch.zeros(1, dtype=torch.float64)
+    if mask == "causal":
+        bias = causal_mask(length).double()
+    elif attention_mask is not None:
+        bias = torch.zeros(attention_mask.shape).double().masked_fill(~attention_mask, torch.finfo(torch.float64).min)
+    found = with_gradients(
+        lambda query, key, value, lam: kept_differential_attention(
+            query, key, value, attention_mask, lam, SCALING, mask == "causal"
+        ),
+        tensors,
+    )
+    for name, value in with_gradients(lambda *inputs: formula(*inputs, bias), tensors).items():
         assert relative_error(found[name], value) <= 1e-12, name
 
 

@@ -115,10 +115,11 @@ class DiffCLIPRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Return scale · weight · x / sqrt(mean(x²) + eps), of the input's shape and dtype."""
         wide = hidden_states.to(at_least_float32(hidden_states.dtype))
-        # By the vector's norm, and the scale on the weight: a pass over x fewer for each, and on a CPU half the time.
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
-        normed = wide * torch.rsqrt(mean_square + self.eps)
-        weight = self.weight.to(wide.dtype) * scale
+        # By the vector's norm, and every factor on the weight: a pass over x fewer for each.
+        size = wide.shape[-1]
+        sum_of_squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+        normed = wide * torch.rsqrt(sum_of_squares + size * self.eps)
+        weight = self.weight.to(wide.dtype) * (scale * size**0.5)
         # Over what was just made where no gradient needs it: new memory costs a CPU as much as the product.
         normed = normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
         return normed.to(hidden_states.dtype)
