@@ -1,6 +1,7 @@
 """Every snippet of the README and of the site runs, and what they say of commands and figures is so."""
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,8 @@ import torch
 from hub_server import WRITER, HubServer
 from parity_models import FIXTURES
 from released_checkpoint import IMPORTS, imports_of, save_released
+from tokenizer_helper import BYTES, tiny_clip_tokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from diffclip_hf.conversion.original_checkpoint import load_state_dict
 
@@ -190,6 +193,24 @@ def test_from_the_hub_and_back(clone, warm_python, tmp_path):
     back = torch.load(clone / "back.pt", weights_only=True)["state_dict"]
     assert back.keys() == {f"module.{key}" for key in weights}
     assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
+
+
+def test_a_clip_of_the_hub_and_back(clone, warm_python, tmp_path):
+    """By the guide's two commands, against a Hub on loopback that has a tiny CLIP under OpenAI's name."""
+    steps = [words for _, words in commands(CONVERT) if words[0] == "conversion/convert_clip_checkpoint.py"]
+    (source,) = (words[words.index("--model") + 1] for words in steps if "--to-clip" not in words)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config={**tower, **BYTES}, vision_config={**tower, "patch_size": 112})
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    CLIPProcessor(CLIPImageProcessor(), tiny_clip_tokenizer()).save_pretrained(tmp_path / "clip")
+    with HubServer(tmp_path / "server") as hub:
+        commit = hub.add(source, tmp_path / "clip")
+        for words in steps:
+            warm_python.run(*words, folder=clone, environment=hub.environment(tmp_path / "home"))
+    report = json.loads((clone / "clip-vitb16" / "conversion_report.json").read_text())
+    assert report["source"] == {"model": source, "repo_id": source, "commit": commit}
+    for name in ("model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (clone / "back" / name).read_bytes() == (tmp_path / "clip" / name).read_bytes()
 
 
 def test_the_commands_are_the_makefiles():

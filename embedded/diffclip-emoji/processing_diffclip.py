@@ -237,7 +237,7 @@ class DiffCLIPProcessor(ProcessorMixin):
     described in `DiffCLIPImageProcessor`.
 
     Args:
-        image_processor: A `DiffCLIPImageProcessor` or `DiffCLIPImageProcessorPil`.
+        image_processor: A `DiffCLIPImageProcessor` or `DiffCLIPImageProcessorPil`, or Transformers' own of a CLIP.
         tokenizer: A `DiffCLIPTokenizer` or `CLIPTokenizer`. One that has no `model_max_length` is given 77.
 
     Raises:

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "try models on a page in the browser, or write that page as a Hugging Face Space",
     "export_onnx": "export a model's two towers to ONNX, in float32 and int8",
     "conversion.convert_original_checkpoint": "convert a checkpoint of the original code for Transformers",
+    "conversion.convert_clip_checkpoint": "turn a CLIPModel of Transformers into a DiffCLIPModel, or back",
     "conversion.convert_to_original": "write a converted model's weights in the original's format",
     "conversion.push_to_hub": "upload a model to the Hugging Face Hub, with a model card",
 }

@@ -12,6 +12,7 @@ The folder is written only if it gives the numbers and the inputs of what it was
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -291,13 +292,15 @@ def write_folder(
     return written
 
 
-def convert_checked(source: str, folder: Path, args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+def convert_checked(
+    source: str, folder: Path, to_clip: bool, with_processor: bool, options: dict[str, Any]
+) -> dict[str, Any]:
     """Write the converted model into an existing folder, and measure it there.
 
     Args:
         source: A folder or the Hub's id.
         folder: Empty.
-        args: The command line's.
+        to_clip, with_processor: As in `convert`.
         options: Of `from_pretrained`, where the Hub is asked.
 
     Returns:
@@ -307,15 +310,15 @@ def convert_checked(source: str, folder: Path, args: argparse.Namespace, options
         ConversionError: The model can't be the other's, or the numbers or inputs aren't the same.
         ValueError: There is no such model, it isn't whole, or its processor isn't its own.
     """
-    original: Any = DiffCLIPModel if args.to_clip else CLIPModel
+    original: Any = DiffCLIPModel if to_clip else CLIPModel
     processors: list[Any] = [CLIPProcessor, DiffCLIPProcessor]
     config: Any = load_config(source, original.config_class, **options)
     check_config(config, source)
     notes: list[str] = []
-    processor = None if args.no_processor else load_processor(source, None, processors[args.to_clip], **options)
-    ends = {} if args.to_clip else text_ends(config, processor and processor.tokenizer, notes)
+    processor = load_processor(source, None, processors[to_clip], **options) if with_processor else None
+    ends = {} if to_clip else text_ends(config, processor and processor.tokenizer, notes)
     other_config = described(config, source, **ends)
-    diffclip_config = config if args.to_clip else other_config
+    diffclip_config = config if to_clip else other_config
     other_one = None
     if processor is not None:
         check_tokenizer(processor.tokenizer, diffclip_config, source)
@@ -329,7 +332,7 @@ def convert_checked(source: str, folder: Path, args: argparse.Namespace, options
     written = write_folder(model, other_config, kept_dtype(model, wide, config.dtype), other_one, folder)
     inputs = {"random": random_inputs(diffclip_config), "rectangular": rectangle(diffclip_config)}
     if processor is not None:
-        found = load_processor(folder, other_config, processors[not args.to_clip])
+        found = load_processor(folder, other_config, processors[not to_clip])
         inputs["real"] = check_same_inputs(found, processor)
     expected = {name: converted_outputs(model, given) for name, given in inputs.items()}
     return {
@@ -341,20 +344,45 @@ def convert_checked(source: str, folder: Path, args: argparse.Namespace, options
     }
 
 
-def convert(args: argparse.Namespace) -> None:
-    """Convert as the command line says; a failure leaves nothing at `--output-dir`."""
-    check_output_folder(args.output_dir)
-    options = {name: getattr(args, name) for name in ("revision", "token") if getattr(args, name) is not None}
-    source = find_source(args.model)
+def convert(
+    model: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    to_clip: bool = False,
+    processor: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Turn a `CLIPModel` of Transformers into a `DiffCLIPModel` of the same numbers, or back.
+
+    Args:
+        model: A folder or an id on the Hub, with weights as safetensors.
+        output_dir: A folder that is new or empty; a failure leaves nothing there.
+        to_clip: Whether `model` is a `DiffCLIPModel` that becomes a `CLIPModel`.
+        processor: Whether the processor goes along.
+        revision: Branch, tag or commit on the Hub; the main branch where None.
+        token: Of the Hub; that of `hf auth login` or `HF_TOKEN` where None.
+
+    Returns:
+        What `conversion_report.json` says, but for the files and versions.
+
+    Raises:
+        ValueError: There is no such model, it isn't whole, a field of its configuration or its processor doesn't fit,
+            or the numbers or inputs aren't the same.
+        OSError: The folder can't be written.
+    """
+    folder = check_output_folder(output_dir)
+    options = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
+    source = find_source(model)
     about = {"model": Path(source).resolve().name}
     if (commit := commit_of(source, **options)) is not None:
         # All of it is of one commit.
         options["revision"] = commit
         about = {"model": source, "repo_id": source, "commit": commit}
-    with written_whole(Path(args.output_dir)) as beside:
-        report = convert_checked(source, beside, args, options)
-        write_report(beside, {"source": about, **report})
-    logger.info("Wrote %s: a %s, %d parameters.", args.output_dir, report["class"], report["parameters"]["total"])
+    with written_whole(folder) as beside:
+        report = {"source": about, **convert_checked(source, beside, to_clip, processor, options)}
+        write_report(beside, report)
+    logger.info("Wrote %s: a %s, %d parameters.", output_dir, report["class"], report["parameters"]["total"])
+    return report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -382,7 +410,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1, with the reason on the log, where the model doesn't fit."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args(argv)
-    return run_command(lambda: convert(args), logger)
+    return run_command(
+        lambda: convert(args.model, args.output_dir, args.to_clip, not args.no_processor, args.revision, args.token),
+        logger,
+    )
 
 
 if __name__ == "__main__":
