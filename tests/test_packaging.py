@@ -72,6 +72,6 @@ def test_what_is_said_of_the_project_agrees():
     assert citation["version"] == __version__
     assert citation["license"] == PROJECT["project"]["license"]
     for name in PROJECT["project"]["license-files"]:
-        assert "the diffclip-hf authors" in (ROOT / name).read_text(encoding="utf-8")
+        assert "the diffclip-hf maintainers" in (ROOT / name).read_text(encoding="utf-8")
     card = (ROOT / "embedded" / "diffclip-emoji" / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-sa-4.0"

@@ -1,5 +1,6 @@
 """Configurations of DiffCLIP: CLIP's fields, plus what differential attention adds."""
 
+import copy
 import math
 import sys
 from typing import Any, ClassVar
@@ -35,7 +36,8 @@ _TOWER_BOUNDS = {
 }
 _MODEL_BOUNDS = {
     "projection_dim": _COUNT,
-    "logit_scale_init_value": (-math.inf, math.inf),
+    # Its exponential is finite and not 0 in float32.
+    "logit_scale_init_value": (-87, 88),
     "initializer_factor": _NOT_NEGATIVE,
 }
 
@@ -65,8 +67,6 @@ def _check_numbers(config: PreTrainedConfig, bounds: dict[str, tuple[float, floa
             continue
         if largest != math.inf:
             allowed = f"from {least} to {largest}"
-        elif least == -math.inf:
-            allowed = "finite"
         elif least == _SMALLEST:
             allowed = "positive and finite"
         elif least == 0:
@@ -276,7 +276,8 @@ class DiffCLIPConfig(_MapsUnderAnyAttention, PreTrainedConfig):
         vision_config: A `DiffCLIPVisionConfig`, or a dict of its fields.
         projection_dim: Width of the shared embedding space. It is written into both towers' configurations, so that
             a single tower loads from a whole model's folder.
-        logit_scale_init_value: Natural logarithm of the factor on the cosine similarities at the start, ln(1/0.07).
+        logit_scale_init_value: Natural logarithm of the factor on the cosine similarities at the start, ln(1/0.07);
+            from -87 to 88.
         initializer_factor: Multiplies every initial standard deviation of the two projections.
 
     Raises:
@@ -299,8 +300,9 @@ class DiffCLIPConfig(_MapsUnderAnyAttention, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             given = getattr(self, name)
-            if given is None or isinstance(given, dict):
-                setattr(self, name, config_class(**(given or {})))
+            is_config = given is not None and not isinstance(given, dict)
+            # A copy, since projection_dim is written into it.
+            setattr(self, name, copy.deepcopy(given) if is_config else config_class(**(given or {})))
             getattr(self, name).projection_dim = self.projection_dim
         super().__post_init__(**kwargs)
         self.validate_architecture()

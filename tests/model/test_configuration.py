@@ -117,7 +117,14 @@ def test_numbers_that_no_model_can_have(tower, name):
     ("fields", "message"),
     [
         ({"projection_dim": 0}, "DiffCLIPConfig.projection_dim is 0; it must be at least 1"),
-        ({"logit_scale_init_value": math.inf}, "DiffCLIPConfig.logit_scale_init_value is inf; it must be finite"),
+        (
+            {"logit_scale_init_value": math.inf},
+            "DiffCLIPConfig.logit_scale_init_value is inf; it must be from -87 to 88",
+        ),
+        (
+            {"logit_scale_init_value": 1e6},
+            "DiffCLIPConfig.logit_scale_init_value is 1000000.0; it must be from -87 to 88",
+        ),
         ({"initializer_factor": -1.0}, "DiffCLIPConfig.initializer_factor is -1.0; it must be finite, and not"),
         ({"vision_config": {"num_channels": 0}}, "DiffCLIPVisionConfig.num_channels is 0; it must be at least 1"),
         ({"vision_config": {"image_size": 0}}, "DiffCLIPVisionConfig.image_size is 0; it must be at least 1"),
@@ -202,3 +209,9 @@ def test_towers_given_as_configurations():
     text, vision = DiffCLIPTextConfig(hidden_size=64), DiffCLIPVisionConfig(hidden_size=96)
     config = DiffCLIPConfig(text_config=text, vision_config=vision)
     assert (config.text_config.hidden_size, config.vision_config.hidden_size) == (64, 96)
+
+
+def test_a_towers_configuration_is_left_as_it_was_given():
+    vision = DiffCLIPVisionConfig(projection_dim=7)
+    assert DiffCLIPConfig(vision_config=vision, projection_dim=9).vision_config.projection_dim == 9
+    assert vision.projection_dim == 7

@@ -122,7 +122,7 @@ def check_report(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        logger.warning("%s has no %s: the card will say that the numbers weren't checked.", folder, REPORT_FILE)
+        logger.warning("%s has no %s, so its numbers weren't checked against the original's.", folder, REPORT_FILE)
         return None
     report = read_json_object(path)
     try:
