@@ -23,7 +23,8 @@ import torch
 from emoji_data import HELD_OUT, TRAINING_VENDORS, Emoji, load_drawings, load_emoji
 from evaluate import figures_of
 from PIL import Image
-from train import VARIANTS, EmojiCollator, build_model, make_processor, make_tokenizer, make_trainer, save
+from single_drawings import EmojiCollator, make_tokenizer
+from small_model import VARIANTS, build_model, make_processor, make_trainer, save
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
@@ -120,7 +121,7 @@ def run(
     collator = EmojiCollator(items, TRAINING_VENDORS, cache_dir, tokenizer, seed)
     trainer = make_trainer(
         model,
-        items,
+        len(items),
         collator,
         work_dir / "checkpoints",
         [curves],

@@ -28,6 +28,7 @@ SIZE = 64
 PACKAGES = {
     "emoji-datasource-google": ("16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
     "emoji-datasource-twitter": ("16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+    "cldr-annotations-full": ("48.2.0", "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1"),
     "@iconify-json/emojione": ("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
     "@iconify-json/emojione-v1": ("1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3"),
     "@iconify-json/fluent-emoji": ("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
@@ -42,13 +43,15 @@ TRAINING_VENDORS = ("openmoji", "twitter", "fluent", "fluent-flat", "emojione", 
 class Emoji:
     """One emoji without its skin-tone variants: its characters, its code points as file names have them, its names.
 
-    `name` is Unicode's English name; `others` are the short names by which chat programs know it.
+    `name` is Unicode's English name; `others` are the short names by which chat programs know it; `category` is the
+    group in which keyboards show it, such as "Food & Drink".
     """
 
     characters: str
     code: str
     name: str
     others: tuple[str, ...]
+    category: str = ""
 
 
 def fetch_package(name: str, cache_dir: Path) -> Path:
@@ -96,7 +99,9 @@ def load_emoji(cache_dir: Path) -> list[Emoji]:
             continue
         others = {_plain(alias) for alias in data.get("alias", [])} | {_plain(n) for n in entry["short_names"]}
         name = _plain(data["en"])
-        found.append(Emoji(characters, entry["unified"].lower(), name, tuple(sorted(others - {name}))))
+        others.discard(name)
+        code = entry["unified"].lower()
+        found.append(Emoji(characters, code, name, tuple(sorted(others)), entry["category"]))
     return sorted(found, key=lambda item: item.code)
 
 

@@ -5,12 +5,15 @@ python embedded/evaluate.py --model embedded/diffclip-emoji --cache-dir .cache/e
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from emoji_data import HELD_OUT, TRAINING_VENDORS, load_drawings, load_emoji
+from emoji_data import HELD_OUT, TRAINING_VENDORS, Emoji, load_drawings, load_emoji
+from localization import choose_pairs, compose
 from PIL import Image
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor, ZeroShotClassifier
@@ -20,6 +23,9 @@ from diffclip_hf.common.whole_files import write_text_whole
 
 LABEL_SETS = (20, 100)
 REPETITIONS = 20
+PHRASES = Path(__file__).parent / "phrases.json"
+# How many names of what isn't in a picture of two drawings both names are compared with.
+OTHERS = 8
 
 
 def zero_shot(similarity: torch.Tensor, labels: int, seed: int) -> float:
@@ -62,6 +68,64 @@ def figures_of(similarity: torch.Tensor) -> dict[str, tuple[float, float]]:
     return figures
 
 
+def phrases_right(scores: torch.Tensor, own: torch.Tensor) -> float:
+    """Return the share of phrases that fit their picture better than every phrase of the other pictures does.
+
+    Args:
+        scores: (phrases, phrases), of the picture of phrase i and the text of phrase j.
+        own: (phrases, phrases), bool, whether phrases i and j are of the same picture.
+    """
+    others = scores.masked_fill(own, -torch.inf).amax(1)
+    return (scores.diagonal() > others).float().mean().item()
+
+
+def both_above(scores: torch.Tensor, pairs: torch.Tensor, seed: int) -> float:
+    """Return the share of pictures of two drawings whose names are both above `OTHERS` others, drawn at random.
+
+    Args:
+        scores: (pictures, names).
+        pairs: (pictures, 2), the indices of each picture's own names.
+        seed: Of the others.
+    """
+    noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).scatter(1, pairs, 2.0)
+    others = noise.topk(OTHERS, largest=False).indices
+    return (scores.gather(1, pairs).amin(1) > scores.gather(1, others).amax(1)).float().mean().item()
+
+
+def measure_phrases(
+    model: DiffCLIPModel, processor: DiffCLIPProcessor, items: list[Emoji], images: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """Return how many of the everyday phrases of `PHRASES` are right, in both directions, beside chance."""
+    rows = json.loads(PHRASES.read_text(encoding="utf-8"))["phrases"]
+    index_of = {item.name: index for index, item in enumerate(items)}
+    names = [name for name, _ in rows]
+    scores = ZeroShotClassifier(model, processor, [phrase for _, phrase in rows], "{}").logits(
+        Image.fromarray(images[index_of[name]]) for name in names
+    )
+    own = torch.tensor([[one == other for other in names] for one in names])
+    chance = statistics.mean(1 / (len(rows) - names.count(name) + 1) for name in names)
+    pictures = len(set(names))
+    return {
+        f"everyday phrases, picture to phrase among {len(rows)}": (phrases_right(scores, own), chance),
+        f"everyday phrases, phrase to picture among {pictures}": (phrases_right(scores.t(), own), 1 / pictures),
+    }
+
+
+def measure_two(
+    model: DiffCLIPModel, processor: DiffCLIPProcessor, items: list[Emoji], images: np.ndarray, indices: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """Return for how many pictures of two drawings both names are above others, beside chance."""
+    pairs = choose_pairs(items, indices.tolist(), 0, None)
+    size = model.config.vision_config.image_size
+    places = {index: place for place, index in enumerate(indices.tolist())}
+    scores = ZeroShotClassifier(model, processor, [items[i].name for i in indices], "{}").logits(
+        compose(images[left], images[right], size // 2, size) for left, right in pairs
+    )
+    own = torch.tensor([[places[left], places[right]] for left, right in pairs])
+    value = both_above(scores, own, seed=0)
+    return {f"two drawings, both names above {OTHERS} others": (value, 1 / math.comb(OTHERS + 2, 2))}
+
+
 def measure(
     model: DiffCLIPModel, processor: DiffCLIPProcessor, vendor: str, cache_dir: Path
 ) -> dict[str, dict[str, float]]:
@@ -71,10 +135,11 @@ def measure(
     indices = np.flatnonzero(present)
     # Each name as it is.
     classifier = ZeroShotClassifier(model, processor, [items[i].name for i in indices], "{}")
-    similarity = classifier.logits(Image.fromarray(images[i]) for i in indices)
+    figures = figures_of(classifier.logits(Image.fromarray(images[i]) for i in indices))
+    figures |= measure_phrases(model, processor, items, images)
+    figures |= measure_two(model, processor, items, images, indices)
     return {
-        name: {"measured": round(value, 4), "chance": round(chance, 4)}
-        for name, (value, chance) in figures_of(similarity).items()
+        name: {"measured": round(value, 4), "chance": round(chance, 4)} for name, (value, chance) in figures.items()
     }
 
 

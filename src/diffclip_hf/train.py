@@ -19,6 +19,7 @@ from torch import nn
 
 from .common.commands import run_command, stop_without_extra
 from .common.loading import check_path
+from .common.machine import cpu_has_bf16
 from .common.whole_files import check_output_file
 
 
@@ -78,6 +79,15 @@ def _warn_of_one_process() -> None:
         )
 
 
+def _warn_of_slow_bf16(training_args: DiffCLIPTrainingArguments) -> None:
+    """Warn where bfloat16 is asked of a processor that has no instructions for it."""
+    if training_args.bf16 and training_args.device.type == "cpu" and not cpu_has_bf16():
+        logger.warning(
+            "bf16 is True, but this processor has no bfloat16 instructions, so that a step may take many times as "
+            "long as in float32; pass --bf16 False."
+        )
+
+
 def _check_output(training_args: DiffCLIPTrainingArguments) -> None:
     """Raise a ValueError where the output can't be written."""
     output = Path(training_args.output_dir or "")
@@ -112,6 +122,7 @@ def run(
         FloatingPointError, OSError: As `DiffCLIPTrainer.train` raises.
     """
     _warn_of_one_process()
+    _warn_of_slow_bf16(training_args)
     checkpoint = resume_point(training_args)
     _check_output(training_args)
     set_seed(training_args.seed)

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+import torch
 from tiny import TOWER
 
 from diffclip_hf import train
@@ -316,3 +317,25 @@ def test_what_is_resumed_must_be_a_checkpoint(tmp_path, caplog, monkeypatch):
     line = [*NEW, *LINE, "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", str(tmp_path)]
     assert main(line) == 1
     assert "has no trainer_state.json: no checkpoint" in caplog.text
+
+
+# What the processor can ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "option", "warned"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "True", True),
+        ({"architecture": "aarch64"}, "True", True),
+        ({"avx2": True}, "False", False),
+        ({"avx512_bf16": True, "amx_bf16": False}, "True", False),
+        ({"avx512_bf16": False, "amx_bf16": True}, "True", False),
+        ({"arm_bf16": True}, "True", False),
+    ],
+)
+def test_bf16_without_instructions_for_it_is_warned_of(tmp_path, caplog, monkeypatch, capabilities, option, warned):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    # The folder is a file, so that the command ends before it trains.
+    (tmp_path / "out").touch()
+    assert main([*LINE, *NEW, "--bf16", option, "--output_dir", str(tmp_path / "out")]) == 1
+    assert ("no bfloat16 instructions" in caplog.text) == warned

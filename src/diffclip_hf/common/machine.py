@@ -28,3 +28,12 @@ def describe_versions(*packages: str) -> dict[str, str]:
     """Return the versions of Python, torch, transformers and this package, and of further ones by name."""
     names = ("torch", "transformers", "diffclip-hf", *packages)
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor has instructions for bfloat16: x86's AVX-512 BF16 or AMX, or ARM's BF16.
+
+    Without them PyTorch emulates bfloat16 on a CPU, and a model trains many times slower than in float32.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
