@@ -65,7 +65,7 @@ pytest-exhaustive: $(VENV)/.dev-ready
 pytest-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python $(PYTEST)
 
-# Trains the embedded model anew and measures it on the held-out vendor; about an hour on two cores.
+# Trains the embedded model anew, on scenes, and measures it on the held-out vendor; about an hour on two cores.
 embedded: $(VENV)/.dev-ready
 	$(VENV)/bin/python embedded/train.py --output-dir build/embedded --cache-dir .cache/embedded
 	$(VENV)/bin/python embedded/evaluate.py --model build/embedded --cache-dir .cache/embedded

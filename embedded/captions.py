@@ -267,7 +267,7 @@ SETTINGS = (
     *("in the snow", "in the sun", "in front of me", "in winter", "in summer"),
     *("in the morning", "at night", "at home", "outside", "on a table", "on the street"),
     *("on the water", "on the floor", "on a shelf", "by the sea"),
-    *("for the children", "for you", "that i like", "from above"),
+    *("for the children", "for you", "that i like"),
 )
 NUMBERS = {2: ("two", "two", "2", "a pair of", "a couple of"), 3: ("three", "three", "3", "some")}
 
