@@ -389,7 +389,7 @@ class CaptionWriter:
                 text = f"{parts[2]} and {parts[0]}"
             return self.whole(text, ground)
         across, down = (places[order[0]][axis] - places[order[1]][axis] for axis in (0, 1))
-        joints = JOINTS
+        joints: tuple[str, ...] = JOINTS
         if self._chance(0.3):
             beside = SIDES if across < 0 else OTHER_SIDES
             joints = beside if abs(across) > abs(down) else OVER if down < 0 else UNDER
