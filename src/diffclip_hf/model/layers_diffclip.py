@@ -104,6 +104,41 @@ class DiffCLIPTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
+class _RMSNormOnCPU(torch.autograd.Function):
+    """weight · x / sqrt(mean(x²) + eps) with its gradients in few passes over x, of which each costs a CPU memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden_states, weight, eps):
+        normed, inverse = _rms_normed(hidden_states, eps)
+        return normed * weight, normed, inverse
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[1], *output[1:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        weight, normed, inverse = ctx.saved_tensors
+        products = grad * normed
+        grad_weight = products.flatten(0, -2).sum(0)
+        # With n = x/r and g the gradient of n: dx = (g − n·mean(g·n))/r.
+        means = torch.matmul(products, weight / len(weight))
+        grad_hidden = torch.mul(grad, weight, out=products).addcmul_(normed, means[..., None], value=-1).mul_(inverse)
+        return grad_hidden, grad_weight, None
+
+
+def _rms_normed(hidden_states: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x / sqrt(mean(x²) + eps) over the last dimension, and what x was multiplied by."""
+    # By the vector's norm: a pass over x fewer than by its squares.
+    mean_square = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True).square() / hidden_states.shape[-1]
+    inverse = torch.rsqrt(mean_square + eps)
+    return hidden_states * inverse, inverse
+
+
 class DiffCLIPRMSNorm(nn.Module):
     """RMSNorm on the last dimension, computed in float32 or better (`diff_norm` of the released code)."""
 
@@ -115,11 +150,12 @@ class DiffCLIPRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Return scale · weight · x / sqrt(mean(x²) + eps), of the input's shape and dtype."""
         wide = hidden_states.to(at_least_float32(hidden_states.dtype))
-        # By the vector's norm, and every factor on the weight: a pass over x fewer for each.
-        size = wide.shape[-1]
-        sum_of_squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
-        normed = wide * torch.rsqrt(sum_of_squares + size * self.eps)
-        weight = self.weight.to(wide.dtype) * (scale * size**0.5)
+        # The scale on the weight: a pass over x fewer.
+        weight = self.weight.to(wide.dtype) * scale
+        leaves_eager = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() and wide.device.type == "cpu" and not leaves_eager:
+            return _RMSNormOnCPU.apply(wide, weight, self.eps)[0].to(hidden_states.dtype)
+        normed, _ = _rms_normed(wide, self.eps)
         # Over what was just made where no gradient needs it: new memory costs a CPU as much as the product.
         normed = normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
         return normed.to(hidden_states.dtype)
