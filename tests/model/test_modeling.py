@@ -903,6 +903,14 @@ def test_a_plain_mistake_is_one_line_that_names_the_mend(call, error, message):
     assert "\n" not in str(raised.value)
 
 
+def test_one_label_is_a_number_to_be_met():
+    """As in Transformers: the loss is the mean square of the difference."""
+    model = DiffCLIPForImageClassification(tiny_config(num_labels=1)).eval()
+    outputs = model(pixel_values=tiny_inputs(images=1)["pixel_values"], labels=torch.tensor([0.5]))
+    assert outputs.logits.shape == (1, 1)
+    assert outputs.loss.item() == pytest.approx((outputs.logits.item() - 0.5) ** 2)
+
+
 @pytest.mark.parametrize(
     ("labels", "num_labels", "error", "message"),
     [

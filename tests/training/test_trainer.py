@@ -464,10 +464,13 @@ def test_refused(tmp_path):
         trainer(tmp_path, train_dataset=stream).train()
 
 
-def test_data_that_is_missing_is_named(tmp_path):
+def test_data_that_is_missing_is_named(tmp_path, monkeypatch):
     run = trainer(tmp_path, train_dataset=None, eval_dataset=None)
-    with pytest.raises(ValueError, match="train_dataset is None; training needs one"):
-        run.get_train_dataloader()
+    for processes in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(run.args), "world_size", processes)
+            with pytest.raises(ValueError, match="train_dataset is None; training needs one"):
+                run.get_train_dataloader()
     with pytest.raises(ValueError, match="eval_dataset is None; evaluation needs one"):
         run.evaluate()
     run.train_dataset = Pairs(0)

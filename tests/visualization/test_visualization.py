@@ -384,6 +384,7 @@ def test_weights_on_the_disk_or_nowhere(tmp_path):
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long), "attention_mask": None}, "at least one text"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
         ({"first_layer": "first"}, "first_layer is 'first'"),
+        ({"first_layer": True}, "first_layer is True"),
     ],
 )
 def test_plain_mistakes_get_one_line(function, given, words):
@@ -477,6 +478,8 @@ def test_grid_has_the_pictures_and_an_overlay_for_each_model():
             np.testing.assert_array_equal(shown, overlay(images[row], values[row, column]))
     with pytest.raises(ValueError, match="with 2 images, 1 queries and 3 models"):
         draw_grid(images, values, ["pizza"], ["a", "b", "c"])
+    with pytest.raises(ValueError, match="with 0 images, 0 queries and 3 models"):
+        draw_grid([], values[:0], [], ["a", "b", "c"])
 
 
 def test_maps_share_a_scale_centred_on_zero():
