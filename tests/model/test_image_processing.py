@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, pipeline
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_utils import SizeDict
 from transformers.utils import is_torchvision_available
 
@@ -300,6 +301,40 @@ def test_a_batch_of_mixed_sizes_and_types(backend):
     for row, image in enumerate(images):
         torch.testing.assert_close(together[row], pixels(processor, image)[0], rtol=0, atol=TORCHVISION_TRANSFORM)
     assert isinstance(processor(images, return_tensors="np")["pixel_values"], np.ndarray)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_rescale": False},
+        {"do_resize": False},
+        {"resample": 3, "rescale_factor": 1 / 127.5},
+        {"size": {"shortest_edge": 50, "longest_edge": 90}},
+        {"size": {"max_height": 90, "max_width": 60}},
+    ],
+    ids=str,
+)
+def test_one_image_alone_is_what_transformers_makes_of_it_bit_for_bit(backend, options):
+    """Its values are looked up in a table, and Transformers' own code works on each."""
+    image, processor = Image.fromarray(noise((250, 303))), backend()
+
+    class Plain(backend):
+        _preprocess = (
+            PilBackend._preprocess if backend is DiffCLIPImageProcessorPil else TorchvisionBackend._preprocess
+        )
+
+    # An array, which is resized as such.
+    expected = Plain()(np.asarray(image), **options)["pixel_values"]
+    found = processor(image, **options)["pixel_values"]
+    assert isinstance(found, list)
+    assert type(found[0]) is type(expected[0])
+    assert found[0].dtype == expected[0].dtype
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(processor(image, return_tensors="pt", **options)["pixel_values"][0], expected[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

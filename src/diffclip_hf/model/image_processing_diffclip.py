@@ -3,12 +3,14 @@
 import math
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import (
@@ -19,7 +21,7 @@ from transformers.image_utils import (
 )
 from transformers.utils import is_torchvision_available, logging, requires_backends
 
-from .image_reading_diffclip import MAX_PIXELS, SIXTEEN_BIT_STEP, check_size, read_image
+from .image_reading_diffclip import MAX_PIXELS, SIXTEEN_BIT_STEP, as_rgb, check_size, read_image
 
 
 if is_torchvision_available():
@@ -201,10 +203,39 @@ def with_both_backends(fields: dict[str, Any], auto_class: str | None) -> dict[s
     return fields
 
 
+def _target_size(sides: Any, size: Any) -> tuple[int, int] | None:
+    """Return the height and width that an image of such sides gets, None where `size` has neither usual form."""
+    if size.shortest_edge and not size.longest_edge:
+        # It takes an array, of which it uses the shape.
+        blank = np.broadcast_to(np.uint8(0), (3, *sides))
+        return get_resize_output_image_size(
+            blank, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
+        )
+    return (size.height, size.width) if size.height and size.width and not size.shortest_edge else None
+
+
 def _check_crop(size: Any) -> None:
     """Raise a ValueError unless a crop's size has both sides."""
     if size.height is None or size.width is None:
         raise ValueError(f"crop_size is {size}; it must have height and width.")
+
+
+# What the values of 8 bits become, of which there are only 256 for each channel.
+_SCALING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+@lru_cache(maxsize=16)
+def _scaled_levels(processor: Any, *scaling: Any) -> np.ndarray:
+    """Return what a processor makes of each level of each channel, (3, 256); `scaling` has `_SCALING`'s."""
+    return processor._scale_levels(np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1)), *scaling)[:, 0].copy()
+
+
+def _look_up(levels: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return an image, uint8, (3, height, width), with each value replaced by what its channel has for it."""
+    found = np.empty(image.shape, levels.dtype)
+    for channel, plane in enumerate(image):
+        np.take(levels[channel], plane, out=found[channel], mode="clip")
+    return found
 
 
 class SLIPEvaluationTransform(BaseImageProcessor):
@@ -280,10 +311,29 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
             check_size(image.shape[2], image.shape[1])
             return image
         if isinstance(image, Image.Image):
-            image = tv_functional.pil_to_tensor(read_image(image))
+            image = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
         else:
             image = array_to_rgb(image, do_rescale, input_data_format)
         return image if device is None else image.to(device)
+
+    def _preprocess(self, images, *args, **options):
+        # A single one needs no grouping by size; several threads read one each, and few steps keep them apart.
+        single = len(images) == 1 and not args and not options.get("do_pad") and images[0].shape[0] == 3
+        if not single or images[0].device.type != "cpu" or images[0].dtype != torch.uint8:
+            return super()._preprocess(images, *args, **options)
+        image = images[0][None]
+        if options["do_resize"]:
+            image = self.resize(image, size=options["size"], resample=options["resample"])
+        if options["do_center_crop"]:
+            image = self.center_crop(image, options["crop_size"])
+        levels = _scaled_levels(self, *(options[name] for name in _SCALING))
+        pixel_values = torch.from_numpy(_look_up(levels, image[0].numpy()))[None]
+        kind = options["return_tensors"]
+        return BatchFeature({"pixel_values": pixel_values if kind == "pt" else list(pixel_values)}, tensor_type=kind)
+
+    def _scale_levels(self, levels, *scaling):
+        """Return levels, uint8, (3, height, width), rescaled and normalised; `scaling` has `_SCALING`'s."""
+        return self.rescale_and_normalize(torch.from_numpy(levels)[None], *scaling)[0].numpy()
 
     def center_crop(self, image, size, **kwargs):  # type: ignore[override]
         # Transformers' own differs from torchvision's by a pixel where half the margin isn't a whole number.
@@ -314,29 +364,34 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
     Source: the evaluation transform of SLIP's code, on which DiffCLIP's (paper arXiv 2503.06626) is built.
     """
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, **kwargs):
-        """Turn any image into an RGB array, (3, height, width)."""
+    def process_image(
+        self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, do_resize=None, **kwargs
+    ):
+        """Turn any image into an RGB array, (3, height, width); a Pillow image that's resized next stays one."""
         if not do_convert_rgb:
             image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format)
             check_size(image.shape[2], image.shape[1])
             return image
         if isinstance(image, Image.Image):
-            return np.moveaxis(np.array(read_image(image)), -1, 0)
+            image = as_rgb(image)
+            return image if do_resize else np.moveaxis(np.array(image), -1, 0)
         return array_to_rgb(image, do_rescale, input_data_format).cpu().numpy()
 
     def resize(self, image, size, resample=None, reducing_gap=None, **kwargs):
-        """Resize an image, (channels, height, width); floats too, without rounding."""
+        """Resize a Pillow image or (channels, height, width) to an array; floats too, without rounding."""
+        pillow = isinstance(image, Image.Image)
+        sides = _target_size(image.size[::-1] if pillow else image.shape[1:], size)
+        if pillow and sides and isinstance(resample, (int, type(None))):
+            resample = PILImageResampling.BILINEAR if resample is None else resample
+            return np.moveaxis(np.array(image.resize(sides[::-1], resample, reducing_gap=reducing_gap)), -1, 0)
+        if pillow:
+            image = np.moveaxis(np.array(image), -1, 0)
         if not np.issubdtype(image.dtype, np.floating):
             return super().resize(image, size, resample=resample, reducing_gap=reducing_gap, **kwargs)
         # Transformers' own would round floats to 8 bits.
-        if size.shortest_edge and not size.longest_edge:
-            height, width = get_resize_output_image_size(
-                image, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
-            )
-        elif size.height and size.width:
-            height, width = size.height, size.width
-        else:
+        if sides is None:
             raise ValueError(f"size is {size}; for float images it must have shortest_edge, or height and width.")
+        height, width = sides
         resample = PILImageResampling.BILINEAR if resample is None else resample
         return np.stack([np.asarray(Image.fromarray(plane).resize((width, height), resample)) for plane in image])
 
@@ -346,9 +401,30 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
         missing = [
             max(target - side, 0) for target, side in zip((size.height, size.width), image.shape[1:], strict=True)
         ]
-        image = np.pad(image, [(0, 0), *((pad // 2, pad - pad // 2) for pad in missing)])
+        if any(missing):
+            image = np.pad(image, [(0, 0), *((pad // 2, pad - pad // 2) for pad in missing)])
         top, left = (round((image.shape[1] - size.height) / 2), round((image.shape[2] - size.width) / 2))
         return image[:, top : top + size.height, left : left + size.width]
+
+    def _preprocess(self, images, *args, **options):
+        if args or options.get("do_pad"):
+            return super()._preprocess(images, *args, **options)
+        scaling, kind = [options[name] for name in _SCALING], options["return_tensors"]
+        unscaled = {**options, "do_rescale": False, "do_normalize": False, "return_tensors": None}
+        scaled = [
+            _look_up(_scaled_levels(self, *scaling), image)
+            if image.dtype == np.uint8 and len(image) == 3
+            else self._scale_levels(image, *scaling)
+            for image in super()._preprocess(images, **unscaled)["pixel_values"]
+        ]
+        whole = scaled[0][None] if kind == "pt" and len(scaled) == 1 else scaled
+        return BatchFeature({"pixel_values": whole}, tensor_type=kind)
+
+    def _scale_levels(self, levels, do_rescale, rescale_factor, do_normalize, image_mean, image_std):
+        """Return an array, (3, height, width), rescaled and normalised."""
+        if do_rescale:
+            levels = self.rescale(levels, rescale_factor)
+        return self.normalize(levels, image_mean, image_std) if do_normalize else levels
 
 
 __all__ = ["DiffCLIPImageProcessor", "DiffCLIPImageProcessorPil"]

@@ -440,4 +440,16 @@ def read_image(source: Any) -> Image.Image:
             raise ValueError(f"The picture is damaged: {one_line(error, 300)}") from error
 
 
-__all__ = ["check_size", "is_at_hand", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return what `read_image` makes of a Pillow image, and the image itself where it's upright RGB already.
+
+    Raises:
+        ValueError: As `read_image` raises.
+    """
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info and orientation(image) == 1:
+        check_size(*image.size)
+        return image
+    return read_image(image)
+
+
+__all__ = ["as_rgb", "check_size", "is_at_hand", "open_image", "orientation", "read_encoded", "read_image", "to_rgb"]
