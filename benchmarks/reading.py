@@ -1,0 +1,252 @@
+"""Time the reading of pictures for zero-shot classification: one thread, all cores, and torch's `DataLoader`.
+
+python benchmarks/reading.py [--rounds 7] [--workers 2] [--output benchmarks/reading.json]
+
+What is read are JPEGs of 500×375 and of 12 megapixels (4000×3000), mosaics of the two photographs that
+scikit-learn brings, each turned and cut at random, so that they have the texture of photographs. They go through
+`ZeroShotClassifier` with a model that costs nothing; and through a `DataLoader` with as many worker processes, whose
+collator calls the same functions. A round times each once, and starts the next with another; the medians are
+compared. Each time has the start of its threads or processes, and of the `DataLoader` it's also given from the first
+batch on. The whole classifier, with the embedded model, is timed on the small pictures.
+
+What holds Python's lock limits what threads reach on any number of cores. It's measured as what a second thread, which
+only counts, loses of its speed while the pictures are read by one.
+"""
+
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import make_parser, measured_on, write_report
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoProcessor
+
+from diffclip_hf import DiffCLIPImageProcessor, DiffCLIPImageProcessorPil, ZeroShotClassifier
+from diffclip_hf.common.machine import describe_versions
+from diffclip_hf.common.reading_ahead import usable_cores
+from diffclip_hf.model.image_reading_diffclip import read_image
+
+
+GOAL = 0.9
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "diffclip-emoji"
+# Width, height, how many, and how often each is read in a round.
+SIZES = {"500x375": (500, 375, 64, 8), "12 megapixels": (4000, 3000, 8, 2)}
+BATCH = 8
+
+
+def make_pictures(folder: Path, width: int, height: int, count: int) -> list[str]:
+    """Write JPEGs of quality 90, and return their paths."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(array) for array in load_sample_images().images]
+    generator = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        picture = Image.new("RGB", (width, height))
+        for top in range(0, height, 400):
+            for left in range(0, width, 600):
+                part = photographs[generator.integers(2)].rotate(generator.uniform(-4, 4), Image.Resampling.BICUBIC)
+                picture.paste(part.crop((20, 14, 620, 414)), (left, top))
+        paths.append(str(folder / f"{width}-{number:03}.jpg"))
+        picture.save(paths[-1], quality=90)
+    return paths
+
+
+class NoModel(nn.Module):
+    """Stands in for a model, and costs nothing."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.device = torch.device("cpu")
+
+    def get_text_features(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(pooler_output=torch.ones(len(input_ids), 4))
+
+    def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(pooler_output=torch.ones(len(pixel_values), 4))
+
+
+class Collator:
+    """Reads a batch of paths in a `DataLoader`'s worker, as the classifier reads them."""
+
+    def __init__(self, image_processor: Any):
+        self.image_processor = image_processor
+
+    def __call__(self, paths: list[str]) -> torch.Tensor:
+        rows = [self.image_processor(images=[read_image(path)], return_tensors="pt") for path in paths]
+        return torch.cat([row["pixel_values"] for row in rows])
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def loader_seconds(paths: list[str], image_processor: Any, workers: int) -> tuple[float, float]:
+    """Return how long a `DataLoader` takes, in all and for an equal number of pictures after its first batch."""
+    start = time.perf_counter()
+    batches = iter(DataLoader(paths, BATCH, num_workers=workers, collate_fn=Collator(image_processor)))  # type: ignore
+    first = len(next(batches))
+    started = time.perf_counter()
+    rest = sum(len(batch) for batch in batches)
+    end = time.perf_counter()
+    return end - start, (end - started) * (first + rest) / rest
+
+
+def count_for(stop: threading.Event) -> float:
+    """Return how often a second this thread counts until it's stopped."""
+    start, counted = time.perf_counter(), 0
+    while not stop.is_set():
+        for _ in range(100):
+            counted += 1
+    return counted / (time.perf_counter() - start)
+
+
+def locked_milliseconds(paths: list[str], image_processor: Any) -> float:
+    """Return for how long a picture holds Python's lock, at most; the passing of the lock counts too."""
+    rates: list[float] = []
+
+    def counted(work: Callable[[], Any]) -> float:
+        stop = threading.Event()
+        thread = threading.Thread(target=lambda: rates.append(count_for(stop)))
+        thread.start()
+        took = seconds(work)
+        stop.set()
+        thread.join()
+        return took
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        counted(lambda: time.sleep(0.5))
+        took = counted(lambda: [Collator(image_processor)([path]) for path in paths])
+    finally:
+        sys.setswitchinterval(interval)
+    return max(0.0, 1 - rates[1] / rates[0]) * took / len(paths) * 1000
+
+
+def rate(count: int, times: list[float]) -> float:
+    """Return pictures a second, by the median."""
+    return round(count / statistics.median(times), 1)
+
+
+def measure_reading(paths: list[str], image_processor: Any, tokenizer: Any, workers: int, rounds: int) -> dict:
+    """Return pictures a second of one thread, of several, and of a `DataLoader`, in rounds that begin with each."""
+    processor: Any = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
+    alone, several = (
+        ZeroShotClassifier(NoModel(), processor, ["a"], batch_size=BATCH, num_workers=n, progress_bar=False)  # type: ignore
+        for n in (1, workers)
+    )
+    times: dict[str, list[float]] = {"one": [], "several": [], "loader": [], "started": []}
+
+    def time_loader() -> None:
+        whole, started = loader_seconds(paths, image_processor, workers)
+        times["loader"].append(whole)
+        times["started"].append(started)
+
+    steps = [
+        lambda: times["one"].append(seconds(lambda: alone.logits(paths))),
+        lambda: times["several"].append(seconds(lambda: several.logits(paths))),
+        time_loader,
+    ]
+    alone.logits(paths[:8])
+    for number in range(rounds):
+        for step in steps[number % 3 :] + steps[: number % 3]:
+            step()
+    ratios = sorted(one / many for one, many in zip(times["one"], times["several"], strict=True))
+    ratio = statistics.median(ratios)
+    return {
+        "one_thread": rate(len(paths), times["one"]),
+        "threads": rate(len(paths), times["several"]),
+        "data_loader": rate(len(paths), times["loader"]),
+        "data_loader_once_started": rate(len(paths), times["started"]),
+        "times_one_thread": round(ratio, 2),
+        "times_one_thread_of_all_rounds": [round(one, 2) for one in ratios],
+        "share_of_workers": round(ratio / workers, 2),
+        "milliseconds_locked_at_most": round(locked_milliseconds(paths, image_processor), 2),
+    }
+
+
+def measure_classifier(paths: list[str], workers: int, rounds: int) -> dict:
+    """Return pictures a second of the whole classifier with the embedded model, of one thread and of several."""
+    model, processor = AutoModel.from_pretrained(EMBEDDED), AutoProcessor.from_pretrained(EMBEDDED)
+    labels = ["pizza", "rocket", "dog face"]
+    classifiers = [
+        ZeroShotClassifier(model, processor, labels, num_workers=n, progress_bar=False) for n in (1, workers)
+    ]
+    times: list[list[float]] = [[], []]
+    classifiers[0].logits(paths[:8])
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 else (1, 0):
+            times[which].append(seconds(lambda which=which: classifiers[which].logits(paths)))  # type: ignore
+    return {"one_thread": rate(len(paths), times[0]), "threads": rate(len(paths), times[1])}
+
+
+def measure(workers: int, rounds: int, share: float) -> dict[str, Any]:
+    """Return the measurement, with the machine that it was taken on; `share` of the pictures are read."""
+    tokenizer = AutoProcessor.from_pretrained(EMBEDDED).tokenizer
+    reading: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (width, height, count, times) in SIZES.items():
+            files = make_pictures(Path(folder), width, height, count)
+            paths = (files * times)[: max(2 * BATCH, round(len(files) * times * share))]
+            if name == "500x375":
+                small = paths
+            reading[name] = {
+                backend.__name__: measure_reading(paths, backend(), tokenizer, workers, rounds)
+                for backend in (DiffCLIPImageProcessor, DiffCLIPImageProcessorPil)
+            }
+        whole = measure_classifier(small, workers, rounds)
+    return {
+        "workers": workers,
+        "usable_cores": usable_cores(),
+        "rounds": rounds,
+        "batch_size": BATCH,
+        "pictures_per_second": reading,
+        "whole_classifier_500x375": whole,
+        "goal_share_of_workers": GOAL,
+        **measured_on(),
+        "versions": describe_versions("pillow", "numpy", "torchvision"),
+    }
+
+
+def main() -> int:
+    """Run the measurement; return 1 where several threads reach less of the workers than the goal."""
+    parser = make_parser(__doc__, __file__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="threads, and the DataLoader's processes")
+    parser.add_argument("--share", type=float, default=1.0, help="of the pictures, for a quick look")
+    args = parser.parse_args()
+    result = measure(args.workers, args.rounds, args.share)
+    write_report(args.output, result)
+    shares = []
+    for size, backends in result["pictures_per_second"].items():
+        for name, row in backends.items():
+            shares.append(row["share_of_workers"])
+            sys.stdout.write(
+                f"{size}, {name}: {row['one_thread']} pictures/s by one thread, {row['threads']} by {args.workers} "
+                f"({row['times_one_thread']} times); DataLoader {row['data_loader']}, once started "
+                f"{row['data_loader_once_started']}; at most {row['milliseconds_locked_at_most']} ms locked\n"
+            )
+    whole = result["whole_classifier_500x375"]
+    sys.stdout.write(f"the whole classifier: {whole['one_thread']} by one thread, {whole['threads']} by several\n")
+    return int(min(shares) < GOAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
