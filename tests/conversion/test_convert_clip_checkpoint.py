@@ -279,6 +279,38 @@ def test_openais_processor_gives_the_same_inputs(tmp_path):
         assert back == clip
 
 
+def test_files_as_openais_are_on_the_hub(tmp_path):
+    """Of Transformers 4: ids among the weights, fields of another time, a vocabulary and merges, one number a size."""
+    clip = save_clip(tmp_path / "clip", "old")
+    expected = CLIPProcessor.from_pretrained(clip)(text=["a 🍕"], images=picture(), return_tensors="pt")
+    positions = {"text": torch.arange(77)[None], "vision": torch.arange(17)[None]}
+    weights = load_file(clip / "model.safetensors")
+    added = {f"{tower}_model.embeddings.position_ids": ids for tower, ids in positions.items()}
+    save_file({**weights, **added}, clip / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((clip / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        config[f"{tower}_dict"] = {name: config[tower][name] for name in conversion.FIELDS[tower]}
+        config[tower] |= {"dropout": 0.0, "torch_dtype": None, "add_cross_attention": False, "top_k": 50}
+    del config["dtype"]
+    (clip / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32", "transformers_version": None}))
+    images = json.loads((clip / "processor_config.json").read_text())["image_processor"]
+    del images["image_processor_type"]
+    images |= {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32}
+    (clip / "preprocessor_config.json").write_text(json.dumps(images))
+    (clip / "vocab.json").write_text(json.dumps(json.loads((clip / "tokenizer.json").read_text())["model"]["vocab"]))
+    (clip / "merges.txt").write_text("#version: 0.2\n")
+    for name in ("processor_config.json", "tokenizer.json"):
+        (clip / name).unlink()
+    assert run(clip, tmp_path / "diffclip") == 0
+    assert run(tmp_path / "diffclip", tmp_path / "back", "--to-clip") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], value) for key, value in weights.items())
+    for folder in ("diffclip", "back"):
+        found = AutoProcessor.from_pretrained(tmp_path / folder)(text=["a 🍕"], images=picture(), return_tensors="pt")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_model_trained_here_from_the_start_goes_to_clip(tmp_path, caplog):
     """Its image processor is DiffCLIP's own, and becomes CLIP's with its settings."""
     clip = {"attention_type": "standard"}
