@@ -114,7 +114,7 @@ def described(config: CLIPConfig | DiffCLIPConfig, source: str, **ends: int | No
     Args:
         config: One that `check_config` allows.
         source: Where it comes from.
-        ends: Fields of the text tower that differ, `bos_token_id` and `eos_token_id`.
+        ends: Fields of the text tower that differ: `bos_token_id` and `eos_token_id`.
 
     Raises:
         ConversionError: A field has a value that the other configuration doesn't allow.
@@ -137,9 +137,7 @@ def described(config: CLIPConfig | DiffCLIPConfig, source: str, **ends: int | No
         ) from error
 
 
-def text_ends(
-    config: CLIPConfig, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]
-) -> dict[str, int | None]:
+def text_ends(config: CLIPConfig, tokenizer: PreTrainedTokenizerBase | None, notes: list[str]) -> dict[str, Any]:
     """Return the ids of the start and the end of a text, of which CLIP's first configurations have others.
 
     Args:
@@ -197,7 +195,7 @@ def rectangle(config: DiffCLIPConfig) -> Inputs:
     height, width = (vision.image_size + add * vision.patch_size for add in (1, 2))
     generator = torch.Generator().manual_seed(1)
     inputs["pixel_values"] = torch.randn(1, vision.num_channels, height, width, generator=generator)
-    return {**inputs, "interpolate_pos_encoding": True}  # type: ignore[dict-item]
+    return {**inputs, "interpolate_pos_encoding": True}
 
 
 # Processors ---------------------------------------------------------------------------------------------------------
