@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from training_samples import encoded, picture, tiny_pair_model, tiny_processor
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil, logging
 
+from diffclip_hf.common import known_files
 from diffclip_hf.common.embedding_cache import EmbeddingCache
 from diffclip_hf.common.keys import UnknownContentError, describe, describe_model, tensor_digest
+from diffclip_hf.evaluation import encoder as encoder_module
 from diffclip_hf.evaluation.datasets import load_captioned, load_labelled, load_pairs
 from diffclip_hf.evaluation.encoder import Encoder
 from diffclip_hf.evaluation.specs import DatasetSpec
@@ -278,6 +281,42 @@ def replace(path: Path, content: bytes) -> None:
 def flat(colour: int) -> bytes:
     """A picture whose file is as large whatever its colour."""
     return encoded(Image.new("RGB", (16, 16), (colour, 255 - colour, colour)), "BMP")
+
+
+@pytest.mark.parametrize("kind", ["files", "table"])
+def test_pictures_are_read_for_the_key_when_they_have_changed_and_only_then(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_files, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(known_files, "SETTLED", -(10**18))
+    monkeypatch.setattr(known_files, "_mounts", lambda: {"/": "ext4"})
+    read, colours = [], {"a": 10, "b": 200}
+    digest = encoder_module.image_digest
+    monkeypatch.setattr(encoder_module, "image_digest", lambda image: read.append(image) or digest(image))
+    paths = {name: tmp_path / f"{name}.bmp" for name in colours}
+    for name, colour in colours.items():
+        paths[name].write_bytes(flat(colour))
+    dataset = datasets.Dataset.from_dict({"image": [str(path) for path in paths.values()]})
+    dataset = dataset.cast_column("image", datasets.Image())
+    if kind == "table":
+        embedded = datasets.Dataset.from_dict({"image": [{"bytes": flat(c), "path": None} for c in (10, 200)]})
+        embedded.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "table")
+        dataset = datasets.load_from_disk(tmp_path / "table")
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    model, processor = randomised(tiny_pair_model()), tiny_processor()
+    encoder = Encoder(model, processor, cache=EmbeddingCache(tmp_path / "embeddings"))
+    first = encoder.image_embeds(dataset, "test")
+    assert len(read) == 2
+    assert torch.equal(encoder.image_embeds(dataset, "test"), first)
+    assert len(read) == 2
+    reversed_rows = encoder.image_embeds(dataset.select([1, 0]), "test")
+    torch.testing.assert_close(reversed_rows, first.flip(0))
+    assert len(read) == 4
+    time.sleep(0.02)  # Longer than a tick of the file system's clock.
+    if kind == "files":
+        replace(paths["b"], flat(90))
+        after = encoder.image_embeds(dataset, "test")
+        assert len(read) == 6
+        assert torch.equal(after, Encoder(model, processor).image_embeds(dataset, "test"))
+        assert not torch.allclose(after, first)
 
 
 def write_source(kind: str, folder: Path, colours: list[int]) -> tuple[DatasetSpec, dict[str, bytes]]:

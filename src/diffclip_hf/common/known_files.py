@@ -120,6 +120,46 @@ def known_values(
         return _complete(place, paths, compute, description)
 
 
+def known_value(kind: str, key: str, paths: Sequence[str], compute: Callable[[], Any]) -> Any:
+    """Return what `compute` returns of files together, computed only if one has changed since it was kept.
+
+    Args:
+        kind: What is found out, as part of a file's name.
+        key: What else it depends on.
+        paths: The files that it depends on.
+        compute: Returns what JSON can hold.
+
+    Raises:
+        OSError: A file isn't there.
+    """
+    mounts = _mounts()
+    if not all(tells_changes(folder, mounts) for folder in {os.path.dirname(path) for path in paths}):
+        return compute()
+    place = FOLDER / f"{kind}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
+
+    def signatures() -> tuple[str, int]:
+        found = [(path, _signature(path)) for path in paths]
+        changed = max((time_ns for _, (_, _, *times) in found for time_ns in times), default=0)
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest(), changed
+
+    started = time.time_ns()
+    before, changed = signatures()
+    index = _read_index(place)
+    if index.get("signature") == before and "value" in index:
+        return index["value"]
+    value = compute()
+    if started - changed > SETTLED and signatures()[0] == before:
+        _keep(place, {"signature": before, "value": value})
+    return value
+
+
+def _keep(place: Path, index: dict[str, Any]) -> None:
+    try:
+        write_text_whole(place, json.dumps(index))
+    except OSError as error:
+        logger.warning_once(f"What is found out about files can't be kept in {FOLDER}: {error}")
+
+
 def _known(index: dict[str, Any], paths: Sequence[str]) -> list[Any]:
     """Return the entry of each file, None where there is none or it has changed."""
     entries = [index.get(path) for path in paths]
@@ -154,11 +194,8 @@ def _complete(place: Path, paths: Sequence[str], compute: Callable[[str], Any], 
     found = dict(zip(missing, _find_all(missing, compute, description), strict=True)) if missing else {}
     kept = {path: [signature, value] for path, (value, signature) in found.items() if signature is not None}
     if kept:
-        try:
-            write_text_whole(place, json.dumps(index | kept))
-        except OSError as error:
-            logger.warning_once(f"What is found out about files can't be kept in {FOLDER}: {error}")
+        _keep(place, index | kept)
     return [found[path][0] if entry is None else entry[1] for path, entry in zip(paths, known, strict=True)]
 
 
-__all__ = ["known_values", "tells_changes"]
+__all__ = ["known_value", "known_values", "tells_changes"]

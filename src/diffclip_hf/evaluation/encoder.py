@@ -19,6 +19,7 @@ from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
 from ..zero_shot import BATCH_SIZE, CPU_BATCH_SIZE
+from .picture_files import known_of_pictures
 
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class Encoder:
 
         if key is None:
             return self._encode_images(dataset, split, pooled, row_of)[0]
-        images = self._images_digest(dataset, split, row_of)
+        images = known_of_pictures("pictures", dataset, lambda: self._images_digest(dataset, split, row_of))
 
         def compute() -> torch.Tensor:
             embeds, read = self._encode_images(dataset, split, pooled, row_of)
