@@ -18,6 +18,7 @@ from ..data.label_names import check_seen, match_labels, name_labels, read_label
 from ..data.shard_files import names_shards
 from ..data.sources import load_image_text_dataset, load_own_labels
 from ..model.image_reading_diffclip import is_at_hand
+from .picture_files import known_of_pictures
 from .specs import DatasetSpec
 
 
@@ -181,6 +182,20 @@ def _load_rows(spec: DatasetSpec, split: str) -> "datasets.Dataset":
     return dataset
 
 
+def _row_digests(spec: DatasetSpec, dataset: "datasets.Dataset", split: str, num_workers: int | None) -> list[str]:
+    """Return the SHA-256 of each row's picture, in hexadecimal."""
+
+    def digest_of(row_and_image: tuple[int, Mapping[str, Any] | None]) -> str:
+        row, image = row_and_image
+        try:
+            return image_digest(image).hex()
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: row {row} of the split {split} can't be read: {error}") from error
+
+    workers = check_num_workers(num_workers)
+    return list(read_ahead(enumerate(dataset["image"]), digest_of, workers, min(len(dataset), 4 * workers)))
+
+
 def load_captioned(spec: DatasetSpec, split: str, num_workers: int | None = None) -> Captioned:
     """Open one part of a data set of images with captions; rows with the same file are one image.
 
@@ -199,17 +214,8 @@ def load_captioned(spec: DatasetSpec, split: str, num_workers: int | None = None
     captions: list[str] = []
     image_of_caption: list[int] = []
     rows: list[int] = []
-    image_of_digest: dict[bytes, int] = {}
-
-    def digest_of(row_and_image: tuple[int, Mapping[str, Any] | None]) -> bytes:
-        row, image = row_and_image
-        try:
-            return image_digest(image)
-        except ValueError as error:
-            raise ValueError(f"{spec.name}: row {row} of the split {split} can't be read: {error}") from error
-
-    workers = check_num_workers(num_workers)
-    digests = read_ahead(enumerate(dataset["image"]), digest_of, workers, min(len(dataset), 4 * workers))
+    image_of_digest: dict[str, int] = {}
+    digests = known_of_pictures("rows", dataset, lambda: _row_digests(spec, dataset, split, num_workers))
     for row, (digest, texts) in enumerate(zip(digests, captions_of_row, strict=True)):
         if digest not in image_of_digest:
             image_of_digest[digest] = len(rows)

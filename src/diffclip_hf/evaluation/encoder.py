@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 TEXT_BATCH_SIZE = 128
+ROWS_CHECKED = 65536
 
 
 def check_clip_like(model: PreTrainedModel) -> None:
@@ -49,7 +50,7 @@ def text_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _check_finite(embeds: torch.Tensor, kind: str) -> torch.Tensor:
     """Return embeddings, (rows, width); raise a ValueError where one isn't finite, of which every figure is wrong."""
-    if bad := int((~embeds.isfinite()).any(dim=1).sum()):
+    if bad := sum(int((~some.isfinite()).any(dim=1).sum()) for some in embeds.split(ROWS_CHECKED)):
         raise ValueError(
             f"{bad} of {len(embeds)} {kind} embeddings aren't finite: the model's weights or its image processor's "
             "mean and std are broken, or the dtype is too small for it."
