@@ -31,6 +31,7 @@ try:
 
     from .training import DiffCLIPTrainer, DiffCLIPTrainingArguments
     from .training.checkpoints import last_checkpoint
+    from .training.data_pass import log_samples
     from .training.options import CONTRASTIVE, DataArguments, ModelArguments
     from .training.parsing import parse_arguments
     from .training.tasks import classification_parts, contrastive_parts
@@ -149,7 +150,8 @@ def run(
     trainer.save_metrics("all", metrics, combined=False)
     if training_args.should_save:
         for name, collator in (("training", parts.train_collator), ("evaluation", parts.eval_collator)):
-            logger.info("Samples in %s: %s", name, collator.counts)
+            if collator.counts["seen"]:
+                log_samples(f"all of {name}", collator, collator.counts)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     # A process that leaves its group open at its exit may take the others' connections down with it.

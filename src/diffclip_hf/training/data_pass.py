@@ -1,5 +1,6 @@
 """Judging a whole pass over data by what was dropped in all processes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,12 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+
+def log_samples(name: str, part: Any, counts: Mapping[str, int]) -> None:
+    """Log what a data set or a collator counted in `name`."""
+    said = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items())
+    logger.info(f"Samples in {name}: {said} ({type(part).__name__})")
 
 
 class DataPass:
@@ -39,11 +46,11 @@ class DataPass:
         """
         for part, before, total in zip(self._parts, self._before, self._totals, strict=True):
             counts = {kind: number - before[kind] for kind, number in part.counts.items()}
-            logger.info(f"{type(part).__name__} after {name}: {counts}")
+            log_samples(name, part, counts)
             own = torch.tensor([list(counts.values())], device=PartialState().device)
             for kind, number in zip(counts, gather(own).sum(0).tolist(), strict=True):
                 total[kind] = total.get(kind, 0) + number
             part.check(total)
 
 
-__all__ = ["DataPass"]
+__all__ = ["DataPass", "log_samples"]
