@@ -1,6 +1,6 @@
 """A model's towers as relevance and attention maps need them: what they take, give and are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,28 @@ from ..model.offloading_diffclip import check_has_weights, execution_device
 TOWERS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raise the ValueError of `image_relevance` where a model can't be looked into as it is."""
-    needed = [*(name for names in TOWERS.values() for name in names), "logit_scale"]
+def _check_runs(model: Any, needed: Sequence[str]) -> None:
+    """Raise a ValueError where a model lacks a part, is in training mode or has no weights."""
     if missing := [name for name in needed if not hasattr(model, name)]:
         raise ValueError(f"model is a {type(model).__name__}, which has no {' and no '.join(missing)}.")
     if model.training:
         raise ValueError("model is in training mode; it must be in evaluation mode: call model.eval().")
     check_has_weights(model)
+
+
+def check_encodes(model: PreTrainedModel) -> None:
+    """Raise the ValueError of `image_occlusion` where a model can't be looked at from outside."""
+    _check_runs(model, ("get_image_features", "get_text_features"))
+
+
+def check_towers(model: PreTrainedModel) -> None:
+    """Raise the ValueError of `value_similarity` where a model isn't built as CLIP is."""
+    _check_runs(model, [*(name for names in TOWERS.values() for name in names), "logit_scale"])
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise the ValueError of `image_relevance` where a model can't be looked into as it is."""
+    check_towers(model)
     if isinstance(model, DiffCLIPPreTrainedModel):
         return
     for module, _ in TOWERS.values():
@@ -61,11 +75,16 @@ def text_inputs(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
     return {"input_ids": input_ids.to(execution_device(model), copy=True), "attention_mask": mask}
 
 
-def encode(model: Any, tower: str, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Return a tower's L2-normalised embeddings, float32, (batch, projection_dim), and its output with the maps."""
+def encode(model: Any, tower: str, inputs: Mapping[str, Any], maps: bool = True) -> tuple[torch.Tensor, Any]:
+    """Return a tower's normalised embeddings, float32, (batch, projection_dim), and its output, with maps or not."""
     module, projection = (getattr(model, name) for name in TOWERS[tower])
-    outputs = module(**inputs, output_attentions=True, return_dict=True)
+    outputs = module(**inputs, output_attentions=maps, return_dict=True)
     return normalize(projection(outputs.pooler_output).float(), dim=-1), outputs
+
+
+def features(encoded: Any) -> torch.Tensor:
+    """Return what `get_image_features` or `get_text_features` gave, L2-normalised, float32, (batch, width)."""
+    return normalize(getattr(encoded, "pooler_output", encoded).float(), dim=-1)
 
 
 def is_differential(model: Any, tower: str) -> bool:
@@ -98,8 +117,11 @@ def as_array(given: Any) -> np.ndarray:
 __all__ = [
     "TOWERS",
     "as_array",
+    "check_encodes",
     "check_model",
+    "check_towers",
     "encode",
+    "features",
     "grid",
     "image_inputs",
     "is_differential",
