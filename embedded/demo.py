@@ -3,14 +3,17 @@
     python embedded/demo.py
     python embedded/demo.py --image path.jpg --labels "a cat,a dog"
 
-Prints a table of scores and writes one picture of them.
+Prints a table of scores, and writes a picture of the best labels and of what speaks for each (occlusion).
 """
 
 import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from transformers import pipeline
@@ -20,6 +23,7 @@ from diffclip_hf.common.whole_files import write_whole
 
 # Importing from the package also registers the model with the pipeline.
 from diffclip_hf.model.image_reading_diffclip import to_rgb
+from diffclip_hf.visualization import against_others, image_occlusion, overlay, shown_images
 
 
 logger = logging.getLogger("demo")
@@ -53,7 +57,9 @@ OTHER_LABELS = (
     "alarm clock",
 )
 SHOWN = 4
-RIGHT, WRONG, OTHER = "#2a9d5c", "#d1495b", "#8aa0b5"
+RIGHT, WRONG, OTHER = "#1b7f46", "#b3263a", "#333333"
+# What the model sees is drawn at about this many pixels.
+SHARP = 240
 
 
 class DemoError(Exception):
@@ -111,37 +117,56 @@ def table(names: list[str], answers: list[str | None], results: list[list[dict]]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def draw(
-    pictures: list[Image.Image], names: list[str], answers: list[str | None], results: list[list[dict]], title: str
-) -> Figure:
-    """Draw the pictures with bars of their best labels: the right label green, a wrong first one red."""
-    columns = min(4, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3.1 * columns + 0.4, 3.9 * rows + 0.7), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[1.5, 1] * rows)
-    for index, (picture, name, answer, result) in enumerate(zip(pictures, names, answers, results, strict=True)):
-        row, column = divmod(index, columns)
-        axes = figure.add_subplot(grid[2 * row, column])
-        axes.imshow(picture, interpolation="bicubic")
-        axes.set_title(answer or name, fontsize=12, fontweight="bold")
-        axes.axis("off")
+def evidence(classifier: Any, picture: Image.Image, labels: list[str], label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the model sees of a picture, and what of it speaks for a label: (rows, columns), by occlusion.
 
-        best = result[:SHOWN]
-        labels, scores = [entry["label"] for entry in best], [entry["score"] for entry in best]
-        colours = [RIGHT if label == answer else OTHER for label in labels]
-        if answer and labels[0] != answer:
-            colours[0] = WRONG
-        axes = figure.add_subplot(grid[2 * row + 1, column])
-        axes.barh(range(len(best)), scores, color=colours)
-        for position, score in enumerate(scores):
-            axes.text(score + 0.02, position, f"{score:.2f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(best)), labels, fontsize=10)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.15)
-        axes.set_xticks([])
-        axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    Args:
+        classifier: The pipeline.
+        picture: As `read_picture` gives it.
+        labels: All that the model chooses from; half of what speaks for the others is taken away.
+        label: One of them.
+    """
+    pixel_values = classifier.image_processor([picture], return_tensors="pt")["pixel_values"]
+    tokens = classifier.tokenizer(labels, padding=True, truncation=True, return_tensors="pt")
+    maps = image_occlusion(classifier.model, pixel_values, tokens["input_ids"], tokens["attention_mask"])
+    sharp = [max(1, round(SHARP / side)) * side for side in pixel_values.shape[-2:]]
+    size = {"height": sharp[0], "width": sharp[1]}
+    large = classifier.image_processor([picture], size={"shortest_edge": min(sharp)}, crop_size=size)["pixel_values"]
+    seen = shown_images(torch.from_numpy(np.stack(large)), classifier.image_processor)[0]
+    return seen, against_others(maps)[0, labels.index(label)]
+
+
+def draw(
+    pictures: list[np.ndarray],
+    maps: list[np.ndarray],
+    answers: list[str | None],
+    results: list[list[dict]],
+    labels: int,
+) -> Figure:
+    """Draw each picture, what of it speaks for its best label beside it, and the label above: green if it is right.
+
+    Args:
+        pictures: What the model sees, (height, width, 3), uint8.
+        maps: Of the best labels, (rows, columns).
+        answers, results: As in `table`.
+        labels: How many there were to choose from.
+    """
+    columns = min(2, len(pictures))
+    rows = -(-len(pictures) // columns)
+    # As wide as a telephone shows without making it smaller.
+    figure = Figure(figsize=(2.6 * columns, 1.62 * rows + 0.55), layout="constrained")
+    figure.suptitle(f"Named among {labels} labels, and what speaks for it", fontsize=11)
+    for part, picture, values, answer, result in zip(
+        figure.subfigures(rows, columns, squeeze=False).flat, pictures, maps, answers, results, strict=False
+    ):
+        best = result[0]
+        colour = OTHER if answer is None else RIGHT if best["label"] == answer else WRONG
+        part.suptitle(f"{best['label']}  {best['score']:.2f}", fontsize=12, fontweight="bold", color=colour)
+        left, right = part.subplots(1, 2)
+        left.imshow(picture)
+        right.imshow(overlay(picture, values))
+        for axis in (left, right):
+            axis.axis("off")
     return figure
 
 
@@ -167,9 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     classifier = pipeline("zero-shot-image-classification", model=str(MODEL), device="cpu")
     results = classifier(pictures, candidate_labels=labels, hypothesis_template="{}")
     sys.stdout.write(table(names, answers, results) + "\n")
-    whose = "Noto's drawings, unseen in training" if args.image is None else "The embedded model"
-    figure = draw(pictures, names, answers, results, f"{whose}: zero-shot among {len(labels)} labels")
-    write_whole(args.output, lambda beside: figure.savefig(beside, format="png", dpi=120))
+    found = [
+        evidence(classifier, picture, labels, result[0]["label"])
+        for picture, result in zip(pictures, results, strict=True)
+    ]
+    figure = draw([seen for seen, _ in found], [values for _, values in found], answers, results, len(labels))
+    write_whole(args.output, lambda beside: figure.savefig(beside, format="png", dpi=200))
     sys.stdout.write(f"Picture: {args.output}\n")
     return 0
 

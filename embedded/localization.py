@@ -1,7 +1,9 @@
 """Measure whether each kind of map falls on the object that is asked for.
 
-    python embedded/localization.py --models embedded/diffclip-emoji --cache-dir .cache/embedded \
-        --report embedded/localization.json --picture docs/localization.png
+    python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization
+
+This writes the figures, a picture of them and a page. With `--settings --pairs 60` the settings of the maps are
+measured instead, on a vendor whose drawings were trained on; from these the defaults were chosen.
 
 Two drawings of the vendor that training never saw stand side by side, and both names are asked of each picture. The
 share of a map on the half of the asked object is measured, so a map that doesn't depend on the text has a mean share
@@ -9,18 +11,19 @@ of exactly one half, whatever it looks at. Every emoji is in one picture at most
 
 One drawing stands on a plain ground, at a random place, and its own transparency says which patches it lies on: does
 the map's largest value lie there, and how well does the map rank all patches?
-
-With --settings, the settings of the maps are measured instead, on a vendor whose drawings were trained on, from which
-the defaults were chosen.
 """
 
 import argparse
 import json
 import math
+import os
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +57,16 @@ MEASURES = {
     "hit": "more than half of it there",
     "moved": "more there than when the other is asked for",
 }
-SETTINGS_VENDOR = "twitter"
+SETTINGS_VENDOR, SINGLE, CHANCE = "twitter", "one drawing", 0.5
+EMBEDDED = Path(__file__).parent / "diffclip-emoji"
 SINGLE_MEASURES = {"points": "largest value on the drawing", "precision": "average precision of the patches"}
 # What is measured with --settings.
 FILLS, WINDOWS = ("border", "mean", "blur"), (2, 3, 4)
 WINDOW_SETS = ((2,), (3,), (4,), (2, 3), (3, 4), (2, 3, 4))
+WEIGHTS = {"": 0.0, ", half against": 0.5, ", against": 1.0}
 FIRST_LAYERS = (-1, -2, -3, 0)
 # Method → its colour in the picture, by what it begins with.
 COLOURS = {"occlusion": "#b2182b", "values": "#e08214", "relevance": "#2166ac", "attention": "#777777"}
-
-# A model and a picture's inputs to each method's maps, (1, texts, rows, columns).
-MapsOf = Callable[[DiffCLIPModel, dict[str, torch.Tensor]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,9 @@ def maps_of(model: DiffCLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, 
     attention = class_attention(model, inputs["pixel_values"], interpolate_pos_encoding=True)
     return {
         "occlusion": occlusion,
-        "occlusion, against the other name": against_others(occlusion),
+        "occlusion, half against the other": against_others(occlusion),
         "values of the last two layers": values,
-        "values, against the other name": against_others(values),
+        "values, half against the other": against_others(values),
         "relevance": image_relevance(model, **options),
         "relevance of the last layer": image_relevance(model, **options, first_layer=-1),
         "attention of the class token, last layer": np.repeat(attention[:, None], len(inputs["input_ids"]), axis=1),
@@ -166,10 +168,11 @@ def settings_of(model: DiffCLIPModel, inputs: dict[str, torch.Tensor]) -> dict[s
         for sides in WINDOW_SETS:
             maps = np.mean([by_size[side] for side in sides], axis=0)
             name = f"occlusion, {fill}, {' and '.join(map(str, sides))} patches"
-            found |= {name: maps, f"{name}, against the other": against_others(maps)}
+            found |= {f"{name}{label}": against_others(maps, weight) for label, weight in WEIGHTS.items()}
     for first in FIRST_LAYERS:
         maps = value_similarity(model, **options, first_layer=first)
-        found |= {f"values from layer {first}": maps, f"values from layer {first}, against": against_others(maps)}
+        name = f"values from layer {first}"
+        found |= {f"{name}{label}": against_others(maps, weight) for label, weight in WEIGHTS.items()}
     return found
 
 
@@ -217,171 +220,226 @@ def pointed(values: np.ndarray, wanted: np.ndarray) -> float:
     return float(wanted[values >= values.max() - 1e-6 * abs(values.max())].mean())
 
 
-def inputs_of(processor: DiffCLIPProcessor, picture: Image.Image, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return a model's inputs of a picture as it is and of texts."""
-    inputs = processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-    options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-    return {**inputs, "pixel_values": processor.image_processor(images=[picture], **options)["pixel_values"]}
+class Measurement:
+    """A model and a vendor's drawings, whose pictures it measures by their pair's number.
 
-
-@dataclass(frozen=True)
-class Drawings:
-    """A vendor's drawings, (emoji, height, width, 4), and each emoji's name."""
-
-    images: np.ndarray
-    names: Sequence[str]
-
-
-def measure_pairs(
-    model: DiffCLIPModel,
-    processor: DiffCLIPProcessor,
-    drawings: Drawings,
-    pairs: Sequence[tuple[int, int]],
-    maps_of: MapsOf,
-    bar: tqdm,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return layout → method → measure → its estimate over pictures of two drawings."""
-    height = model.config.vision_config.image_size
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for layout, scale in LAYOUTS.items():
-        rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-        for left, right in pairs:
-            picture = compose(drawings.images[left], drawings.images[right], int(scale * height), height)
-            inputs = inputs_of(processor, picture, [drawings.names[left], drawings.names[right]])
-            for name, maps in maps_of(model, inputs).items():
-                rows[name].append(measures(shares(maps[0].clip(min=0))))
-            bar.update()
-        found[layout] = estimates(rows)
-    return found
-
-
-def measure_singles(
-    model: DiffCLIPModel,
-    processor: DiffCLIPProcessor,
-    drawings: Drawings,
-    chosen: Sequence[int],
-    maps_of: MapsOf,
-    bar: tqdm,
-) -> dict[str, dict[str, Any]]:
-    """Return method → measure → its estimate over pictures of one drawing; the method "chance" ranks at random.
-
-    Another drawing's name is asked of each too, for the maps against it.
+    Args:
+        folder: The model's.
+        cache_dir: For the drawings.
+        settings: Whether settings are measured rather than methods.
+        seed, count: Of the pairs, as `choose_pairs` takes them.
     """
-    vision = model.config.vision_config
-    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for index, other in zip(chosen, [chosen[-1], *chosen], strict=False):
-        single = place(drawings.images[index], vision.image_size, vision.patch_size, index)
+
+    def __init__(self, folder: Path, cache_dir: Path, settings: bool, seed: int, count: int | None):
+        self.vendor, self.maps_of = (SETTINGS_VENDOR, settings_of) if settings else (HELD_OUT, maps_of)
+        items = load_emoji(cache_dir)
+        self.drawings, present = load_drawings(self.vendor, items, cache_dir)
+        self.names = [item.name for item in items]
+        self.pairs = choose_pairs(items, np.flatnonzero(present).tolist(), seed, count)
+        self.model = load_model(folder, DiffCLIPModel, dtype=torch.float32, attn_implementation="eager")
+        self.processor = load_processor(folder, self.model.config, DiffCLIPProcessor)
+
+    def _maps(self, picture: Image.Image, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return each method's maps of a picture for two emoji's names, (2, rows, columns)."""
+        tokens = self.processor.tokenizer([self.names[index] for index in indices], padding=True, return_tensors="pt")
+        pixel_values = self.processor.image_processor(
+            images=[picture], do_resize=False, do_center_crop=False, return_tensors="pt"
+        )["pixel_values"]
+        found = self.maps_of(self.model, {**tokens, "pixel_values": pixel_values})
+        return {name: maps[0] for name, maps in found.items()}
+
+    def __call__(self, number: int) -> dict[tuple[str, str], dict[str, float]]:
+        """Return (layout, method) → the figures of one pair's pictures."""
+        left, right = self.pairs[number]
+        vision = self.model.config.vision_config
+        size, rows = vision.image_size, {}
+        for layout, scale in LAYOUTS.items():
+            picture = compose(self.drawings[left], self.drawings[right], int(scale * size), size)
+            for method, maps in self._maps(picture, (left, right)).items():
+                rows[layout, method] = measures(shares(maps.clip(min=0)))
+        single = place(self.drawings[left], size, vision.patch_size, seed=left)
         wanted = single.covered >= COVERED
-        inputs = inputs_of(processor, single.picture, [drawings.names[index], drawings.names[other]])
-        bar.update()
-        if not wanted.any():
-            continue
-        rows["chance"].append({name: wanted.mean() for name in SINGLE_MEASURES})
-        for name, maps in maps_of(model, inputs).items():
-            values = maps[0, 0]
-            rows[name].append({"points": pointed(values, wanted), "precision": average_precision(values, wanted)})
-    return estimates(rows)
+        if wanted.any():
+            rows[SINGLE, "chance"] = dict.fromkeys(SINGLE_MEASURES, float(wanted.mean()))
+            # The other name, which isn't there, is for the maps against it.
+            for method, maps in self._maps(single.picture, (left, right)).items():
+                points, precision = pointed(maps[0], wanted), average_precision(maps[0], wanted)
+                rows[SINGLE, method] = {"points": points, "precision": precision}
+        return rows
 
 
-def estimates(rows: Mapping[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return method → measure → its estimate, of each method's rows."""
+_measurement: Measurement
+
+
+def _start(*given: Any) -> None:
+    global _measurement
+    torch.set_num_threads(1)
+    _measurement = Measurement(*given)
+
+
+def _measure(number: int) -> dict[tuple[str, str], dict[str, float]]:
+    return _measurement(number)
+
+
+def measure(workers: int, pictures: int, *given: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return layout → method → measure → its estimate over pictures.
+
+    Args:
+        workers: How many processes measure side by side.
+        pictures: How many pairs there are.
+        given: What `Measurement` takes.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start, given) as pool:
+        for rows in tqdm(pool.map(_measure, range(pictures)), total=pictures, unit="picture"):
+            for (layout, method), row in rows.items():
+                for name, value in row.items():
+                    found.setdefault(layout, {}).setdefault(method, {}).setdefault(name, []).append(value)
     return {
-        method: {name: vars(estimate([row[name] for row in group])) for name in group[0]}
-        for method, group in rows.items()
+        layout: {
+            method: {name: vars(estimate(values)) for name, values in figures.items()}
+            for method, figures in methods.items()
+        }
+        for layout, methods in found.items()
     }
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], measures: Mapping[str, str], first: str) -> str:
-    """Return every figure as Markdown, in percent with its interval.
+# The report ---------------------------------------------------------------------------------------------------------
 
-    Args:
-        found: Group → method → measure → its estimate.
-        measures: What each measure is.
-        first: What the groups are.
-    """
-    lines = [f"| {first} | map | {' | '.join(measures.values())} |", "|---|---|" + "---|" * len(measures)]
-    for group, methods in found.items():
-        for method, figures in methods.items():
-            ends = [[100 * figures[one][end] for end in ("mean", "low", "high")] for one in measures]
-            cells = [f"{mean:.1f} ({low:.1f}–{high:.1f})" for mean, low, high in ends]
-            lines.append(f"| {group} | {method} | {' | '.join(cells)} |")
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return layout → method → measure → estimate as Markdown, in percent with its interval, a row for each method."""
+    columns = [(layout, name) for layout in found for name in (SINGLE_MEASURES if layout == SINGLE else MEASURES)]
+    titles = [f"{layout}: {MEASURES.get(name) or SINGLE_MEASURES[name]}" for layout, name in columns]
+    lines = [f"| map | {' | '.join(titles)} |", "|---|" + "---|" * len(columns)]
+    for method in [*(method for method in next(iter(found.values()))), "chance"]:
+        cells = []
+        for layout, name in columns:
+            one = found[layout].get(method, {}).get(name) or dict.fromkeys(("mean", "low", "high"), CHANCE)
+            mean, low, high = (100 * one[end] for end in ("mean", "low", "high"))
+            cells.append(f"{mean:.1f} ({low:.1f}–{high:.1f})" if method != "chance" else f"{mean:.1f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(report: Mapping[str, Any], model: str) -> Figure:
-    """Draw one model's figures: a bar for each method, with its interval, and chance as a line."""
-    pairs, singles = report["models"][model], report["singles"][model]
+def draw(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """Draw a panel for each of three measures: a bar for each method, with its interval, and chance as a line."""
+    methods = list(found["small"])
     panels = [
-        ("two drawings: share on the asked one", [pairs["small"], pairs["wide"]], "share"),
-        ("two drawings: most of it on the asked one", [pairs["small"], pairs["wide"]], "hit"),
-        ("one drawing: the largest value is on it", [singles], "points"),
+        ("two drawings: share on the asked one", ["small", "wide"], "share", CHANCE),
+        ("two drawings: most of it on the asked one", ["small", "wide"], "hit", CHANCE),
+        ("one drawing: the largest value is on it", [SINGLE], "points", found[SINGLE]["chance"]["points"]["mean"]),
     ]
-    methods = [method for method in singles if method != "chance"]
-    figure = Figure(figsize=(6.4, 9.6), layout="constrained")
-    for axis, (title, layouts, name) in zip(figure.subplots(3, 1, sharex=True), panels, strict=True):
-        height = 0.8 / len(layouts)
+    figure = Figure(figsize=(5.2, 9.2), layout="constrained")
+    for axis, (title, layouts, name, chance) in zip(figure.subplots(3, 1, sharex=True), panels, strict=True):
+        height = 0.84 / len(layouts)
         for number, layout in enumerate(layouts):
             for row, method in enumerate(methods):
-                one = {end: 100 * value for end, value in layout[method][name].items()}
-                colour = COLOURS[method.split()[0].rstrip(",")]
+                mean, low, high = (100 * found[layout][method][name][end] for end in ("mean", "low", "high"))
                 place = row + (number - (len(layouts) - 1) / 2) * height
-                ends = [[one["mean"] - one["low"]], [one["high"] - one["mean"]]]
-                axis.barh(place, one["mean"], height * 0.9, color=colour, alpha=1 - 0.35 * number, xerr=ends)
-                axis.text(one["mean"] + 2.5, place, f"{one['mean']:.0f}", va="center", fontsize=11)
-        chance = singles["chance"]["points"]["mean"] if layouts == [singles] else report["chance"]
+                colour, paler = COLOURS[re.split("[ ,]", method)[0]], 1 - 0.45 * number
+                axis.barh(place, mean, height * 0.92, color=colour, alpha=paler, xerr=[[mean - low], [high - mean]])
+                axis.text(high + 1.5, place, f"{mean:.0f}", va="center", fontsize=10)
         axis.axvline(100 * chance, color="black", linestyle=":", linewidth=1.5)
-        axis.set_yticks(range(len(methods)), methods, fontsize=11)
+        axis.set_yticks(range(len(methods)), [textwrap.fill(method, 22) for method in methods], fontsize=10)
         axis.invert_yaxis()
-        axis.set_xlim(0, 112)
-        axis.set_title(title, fontsize=13, loc="left")
+        axis.set_xlim(0, 114)
+        axis.set_title(title, fontsize=11.5, loc="right")
         axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("percent; dotted: chance; paler: the wide pictures", fontsize=11)
+    axis.set_xlabel("percent; dotted: chance; paler: wide pictures", fontsize=10.5)
     return figure
+
+
+PAGE = """# How well each map points
+
+Which kind of map falls on the thing that is asked for, of the embedded model, on drawings by a vendor that it never
+saw ({vendor}). Everything on this page is made by
+
+```bash
+python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization
+python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization --settings --pairs 60
+```
+
+**Two drawings** stand side by side on white, in 48 × 48 pixels (small) or 96 × 48 (wide), and both names are asked of
+each of {pictures} pictures. The share of a map's positive values on the asked drawing's half is measured. Chance is
+50 %, for a map that doesn't depend on the text has exactly that.
+
+**One drawing** stands at a random place on a plain ground of a random colour, with a side of {least:.0%} to
+{most:.0%} of the picture's. It lies on a patch where it covers at least half of it, by its own transparency. Does the
+map's largest value lie on it, and how well do the values rank the patches (average precision)?
+
+![The figures of the table as bars: {alt}](figures.png)
+
+In percent, with the 95 % interval:
+
+{table}
+
+“Half against the other” takes half of the other name's map away (`against_others`). In pictures of one drawing the
+other name is of something that isn't there. Here it costs a little, and with two drawings it gains much.
+{settings}"""
+SETTINGS = """
+## How the defaults were chosen
+
+On drawings that the model was trained on ({vendor}), {pictures} pictures:
+
+{table}
+"""
+
+
+def write_page(folder: Path) -> None:
+    """Make the page and its picture of the figures in a folder."""
+    report = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    best = next(iter(report["models"].values()))
+    figure = draw(best)
+    write_whole(folder / "figures.png", lambda beside: figure.savefig(beside, format="png", dpi=150))
+    settings, path = "", folder / "settings.json"
+    if path.is_file():
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        found = table(next(iter(chosen["models"].values())))
+        settings = SETTINGS.format(vendor=chosen["vendor"], pictures=chosen["pictures"], table=found)
+    shares_of = [f"{name} {100 * best['small'][name]['share']['mean']:.0f} %" for name in best["small"]]
+    page = PAGE.format(
+        vendor=report["vendor"],
+        pictures=report["pictures"],
+        least=SIDES[0],
+        most=SIDES[1],
+        alt=f"share on the asked one of two drawings, small pictures: {'; '.join(shares_of)}",
+        table="\n\n".join(
+            f"{name}:\n\n{table(found)}" if len(report["models"]) > 1 else table(found)
+            for name, found in report["models"].items()
+        ),
+        settings=settings,
+    )
+    write_text_whole(folder / "README.md", page)
 
 
 def main() -> None:
     """Measure as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", type=Path, required=True, help="folders, each with a name of its own")
+    parser.add_argument("--models", nargs="+", type=Path, default=[EMBEDDED], help="folders of different names")
     parser.add_argument("--cache-dir", type=Path, required=True, help="for the drawings, fetched on the first run")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the figures, the picture and the page")
     parser.add_argument("--settings", action="store_true", help=f"compare settings, on {SETTINGS_VENDOR}'s drawings")
     parser.add_argument("--pairs", type=int, help="how many pictures; all emoji by default")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs")
-    parser.add_argument("--report", type=Path, help="also write the figures into this JSON file")
-    parser.add_argument("--picture", type=Path, help="also draw the first model's figures into this PNG file")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     args = parser.parse_args()
     if len({folder.name for folder in args.models}) < len(args.models):
         parser.error(f"--models has {[folder.name for folder in args.models]}; the names must differ")
-    vendor, methods = (SETTINGS_VENDOR, settings_of) if args.settings else (HELD_OUT, maps_of)
-    items = load_emoji(args.cache_dir)
-    images, present = load_drawings(vendor, items, args.cache_dir)
-    drawings = Drawings(images, [item.name for item in items])
-    pairs = choose_pairs(items, np.flatnonzero(present).tolist(), args.seed, args.pairs)
-    report: dict[str, Any] = {
-        "vendor": vendor,
-        "seed": args.seed,
-        "pictures": len(pairs),
-        "chance": 0.5,
-        "measures": {**MEASURES, **SINGLE_MEASURES},
-        "models": {},
-        "singles": {},
-    }
-    with tqdm(total=len(args.models) * (len(LAYOUTS) + 1) * len(pairs), unit="picture") as bar:
-        for folder in args.models:
-            model = load_model(folder, DiffCLIPModel, dtype=torch.float32, attn_implementation="eager")
-            processor = load_processor(folder, model.config, DiffCLIPProcessor)
-            found = measure_pairs(model, processor, drawings, pairs, methods, bar)
-            report["models"][folder.name] = found
-            single = measure_singles(model, processor, drawings, [left for left, _ in pairs], methods, bar)
-            report["singles"][folder.name] = single
-    for name, layouts in report["models"].items():
-        sys.stdout.write(f"{name}\n\n{table(layouts, MEASURES, 'two drawings')}\n\n")
-    sys.stdout.write(table(report["singles"], SINGLE_MEASURES, "one drawing") + "\n")
-    if args.report:
-        write_text_whole(args.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    if args.picture:
-        figure = draw(report, args.models[0].name)
-        write_whole(args.picture, lambda beside: figure.savefig(beside, format="png", dpi=130))
+    report: dict[str, Any] = {"seed": args.seed, "chance": CHANCE, "measures": {**MEASURES, **SINGLE_MEASURES}}
+    report["models"] = {}
+    for folder in args.models:
+        given = (folder, args.cache_dir, args.settings, args.seed, args.pairs)
+        # Once here, so that what is missing is fetched by one process.
+        measurement = Measurement(*given)
+        report |= {"vendor": measurement.vendor, "pictures": len(measurement.pairs)}
+        report["models"][folder.name] = measure(args.workers, len(measurement.pairs), *given)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / ("settings.json" if args.settings else "figures.json")
+    write_text_whole(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if (args.output_dir / "figures.json").is_file():
+        write_page(args.output_dir)
+        sys.stdout.write((args.output_dir / "README.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ from PIL import Image
 from tiny import TOWER
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel, pipeline
 
-from diffclip_hf.visualization import image_relevance, overlay
+from diffclip_hf.visualization import (
+    against_others,
+    image_occlusion,
+    image_relevance,
+    overlay,
+    value_similarity,
+)
 
 
 pytest.importorskip("gradio", reason="the demo needs Gradio, which the extra `dev` has")
@@ -32,10 +38,12 @@ from diffclip_hf import DiffCLIPForImageClassification, add_remote_code
 from diffclip_hf.common.remote_code import CODE_FILES
 from diffclip_hf.demo import page as demo
 from diffclip_hf.demo.scores import (
+    MAPS,
     MAX_LABEL_CHARACTERS,
     MAX_LABELS,
     check_template,
     classify,
+    default_map,
     draw_overlay,
     load_pair,
     parse_labels,
@@ -103,7 +111,8 @@ def test_scores_are_the_stock_pipelines(stock):
     assert found.cut == ()
 
 
-def test_overlay_is_relevance_over_the_part_that_the_model_sees(tmp_path):
+@pytest.mark.parametrize("kind", ["occlusion", "values", "relevance"])
+def test_overlay_is_a_map_over_the_part_that_the_model_sees(tmp_path, kind):
     """480×480 is the overlay's size, so that there the part that is seen is the picture's own pixels."""
     square = np.random.default_rng(0).integers(0, 256, (480, 480, 3), dtype=np.uint8)
     wide = np.pad(square, [(0, 0), (100, 100), (0, 0)])
@@ -113,12 +122,27 @@ def test_overlay_is_relevance_over_the_part_that_the_model_sees(tmp_path):
 
     model = AutoModel.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
     processor = AutoProcessor.from_pretrained(MODEL)
-    inputs = processor(text=["a pizza"], images=Image.fromarray(wide), return_tensors="pt")
-    expected = overlay(square, image_relevance(model, **inputs)[0, 0])
-    drawn = draw_overlay(found, "pizza")
+    texts = ["a pizza", "a dog face"]
+    inputs = processor(text=texts, images=Image.fromarray(wide), padding=True, return_tensors="pt")
+    function = {"occlusion": image_occlusion, "values": value_similarity, "relevance": image_relevance}[kind]
+    maps = function(model, **inputs)
+    expected = overlay(square, (maps if kind == "relevance" else against_others(maps))[0, 0])
+    drawn = draw_overlay(found, "pizza", kind=kind)
     # A level apart where rounding falls the other way.
     assert np.abs(drawn.astype(int) - expected).max() <= 1
-    assert np.abs(draw_overlay(found, "dog face").astype(int) - expected).max() > 50
+    assert np.abs(draw_overlay(found, "dog face", kind=kind).astype(int) - expected).max() > 50
+
+
+def test_a_label_alone_is_against_no_other():
+    found = classify(str(PICTURES / "pizza.png"), "pizza", "{}", MODEL)
+    for kind in MAPS:
+        assert np.ptp(draw_overlay(found, "pizza", kind=kind)) > 100
+
+
+def test_large_models_on_a_cpu_begin_with_the_map_of_one_run(monkeypatch):
+    assert default_map(MODEL) == "occlusion"
+    monkeypatch.setattr("diffclip_hf.demo.scores.MANY_PARAMETERS", 10**6)
+    assert default_map(MODEL) == "values"
 
 
 def test_clip_works_too(clip):
@@ -290,18 +314,19 @@ def test_what_the_pages_events_answer(tmp_path):
     page = asyncio.run(build())
     events = {event.fn.__name__: event.fn for event in page.fns.values() if event.fn is not None}
     inputs = ({"path": str(store / "pizza.png")}, "rocket, pizza", "{}", "emoji")
-    result, bars, _, drawn = events["on_classify"](*inputs)
+    result, bars, _, drawn = events["on_classify"](*inputs, "occlusion")
     expected = classify(str(PICTURES / "pizza.png"), "rocket, pizza", "{}", MODEL)
     assert bars["label"] == "pizza"
     assert {bar["label"]: bar["confidence"] for bar in bars["confidences"]} == pytest.approx(expected.scores)
     np.testing.assert_array_equal(drawn, draw_overlay(expected, "pizza"))
 
     other = draw_overlay(expected, "rocket")
-    np.testing.assert_array_equal(events["on_choose"](result, "rocket"), other)
-    label, shown = events["on_bar"](result, SimpleNamespace(value="rocket"))
+    np.testing.assert_array_equal(events["on_choose"](result, "rocket", "occlusion"), other)
+    label, shown = events["on_bar"](result, "occlusion", SimpleNamespace(value="rocket"))
     assert label == "rocket"
     np.testing.assert_array_equal(shown, other)
-    assert events["on_choose"](result, "cat") is events["on_choose"](None, "rocket") is None
+    assert events["on_choose"](result, "cat", "values") is events["on_choose"](None, "rocket", "values") is None
+    assert events["on_choose"](result, "rocket", "magic") is events["on_choose"](result, "rocket", ["values"]) is None
 
     assert events["on_example"](1, " ") == (str(store / "pizza.png"), "rocket, pizza")
     assert events["on_example"](1, "cat") == (str(store / "pizza.png"), "cat")
@@ -314,7 +339,7 @@ def test_what_the_pages_events_answer(tmp_path):
         assert (first, second, last) == (None, None, None)
         assert {key: getattr(labels, key) for key in gone} == gone
     with pytest.raises(demo.gr.Error, match="There is no model 'other'; choose one of emoji"):
-        events["on_classify"](*inputs[:3], "other")
+        events["on_classify"](*inputs[:3], "other", "values")
 
 
 def test_what_a_model_knows(tmp_path):
@@ -377,7 +402,9 @@ def test_a_space_runs_without_the_package(tmp_path, stock):
         client = Client(url, verbose=False, analytics_enabled=False)
         try:
             picture = handle_file(str(PICTURES / "pizza.png"))
-            bars, _, _ = client.predict(picture, LABELS, "a drawing of {}", "diffclip-emoji", api_name="/classify")
+            bars, _, _ = client.predict(
+                picture, LABELS, "a drawing of {}", "diffclip-emoji", "occlusion", api_name="/classify"
+            )
         finally:
             client.close()
     # What was stored went when the process was told to end.

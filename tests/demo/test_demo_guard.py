@@ -63,7 +63,9 @@ def uploaded(client) -> str:
 
 def classified(client, picture: dict) -> str:
     """The events by which a call answers."""
-    asked = client.post("/gradio_api/call/classify", json={"data": [picture, "pizza, rocket", "{}", "diffclip-emoji"]})
+    asked = client.post(
+        "/gradio_api/call/classify", json={"data": [picture, "pizza, rocket", "{}", "diffclip-emoji", "values"]}
+    )
     assert asked.status_code == 200, asked.text
     return client.get(f"/gradio_api/call/classify/{asked.json()['event_id']}").text
 
@@ -120,7 +122,7 @@ def test_no_other_file_is_read(client, uploaded, store, asked, tmp_path):
         *(os.path.relpath(uploaded), [uploaded], {"path": "/etc/passwd"}, 1, True),
     ]
     marks = ({}, {"meta": {"_type": "gradio.FileData"}})
-    texts = ["pizza", "{}", "diffclip-emoji"]
+    texts = ["pizza", "{}", "diffclip-emoji", "values"]
     index = functions(client)["classify"]
     for path in given:
         for mark in marks:
@@ -137,7 +139,10 @@ def test_no_other_file_is_read(client, uploaded, store, asked, tmp_path):
         for mark in marks:
             classified(client, {**picture, **mark})
     # Deep inside, or where no picture belongs.
-    for data in ([[[{"a": {"path": "/etc/passwd"}}]]], [None, {"path": "/etc/passwd"}, "{}", "diffclip-emoji"]):
+    for data in (
+        [[[{"a": {"path": "/etc/passwd"}}]]],
+        [None, {"path": "/etc/passwd"}, "{}", "diffclip-emoji", "values"],
+    ):
         assert client.post("/gradio_api/call/classify", json={"data": data}).status_code == 400
     twice = f'{{"data": [{{"path": {json.dumps(uploaded)}, "path": "/etc/passwd"}}]}}'
     assert client.post("/gradio_api/call/classify", content=twice).status_code == 400
@@ -334,15 +339,17 @@ def test_no_more_is_stored_than_there_may_be(client, uploaded, monkeypatch):
 @pytest.mark.parametrize(
     "data",
     [
-        [None, "pizza", "{}", "diffclip-emoji"],
-        ["UPLOADED", 5, "{}", "diffclip-emoji"],
-        ["UPLOADED", "pizza", ["{}"], "diffclip-emoji"],
-        ["UPLOADED", "pizza", "{}", ["diffclip-emoji"]],
-        ["UPLOADED", "pizza", "{}", "/etc"],
-        ["UPLOADED", "\ud83d", "{}", "diffclip-emoji"],
-        ["UPLOADED", "pizza", "{}\ud83d", "diffclip-emoji"],
-        [["a"], "pizza", "{}", "diffclip-emoji"],
-        ["a", "pizza", "{}", "diffclip-emoji"],
+        [None, "pizza", "{}", "diffclip-emoji", "values"],
+        ["UPLOADED", 5, "{}", "diffclip-emoji", "values"],
+        ["UPLOADED", "pizza", ["{}"], "diffclip-emoji", "values"],
+        ["UPLOADED", "pizza", "{}", ["diffclip-emoji"], "values"],
+        ["UPLOADED", "pizza", "{}", "/etc", "values"],
+        ["UPLOADED", "\ud83d", "{}", "diffclip-emoji", "values"],
+        ["UPLOADED", "pizza", "{}\ud83d", "diffclip-emoji", "values"],
+        [["a"], "pizza", "{}", "diffclip-emoji", "values"],
+        ["a", "pizza", "{}", "diffclip-emoji", "values"],
+        ["UPLOADED", "pizza", "{}", "diffclip-emoji", "magic"],
+        ["UPLOADED", "pizza", "{}", "diffclip-emoji", ["values"]],
     ],
 )
 def test_values_of_other_kinds_are_refused_and_tell_nothing(client, uploaded, store, data):
@@ -367,7 +374,7 @@ def test_the_queue_holds_so_many(client, uploaded, monkeypatch):
         raise ValueError("enough")
 
     monkeypatch.setattr(demo, "classify", wait)
-    body = {"data": [{"path": uploaded}, "pizza", "{}", "diffclip-emoji"]}
+    body = {"data": [{"path": uploaded}, "pizza", "{}", "diffclip-emoji", "values"]}
     try:
         statuses = [client.post("/gradio_api/call/classify", json=body).status_code]
         assert begun.wait(600)

@@ -140,9 +140,10 @@ def test_other_models_under_any_implementation(model):
 
 def test_against_others_is_the_map_of_the_scores_difference():
     maps = np.random.default_rng(0).normal(size=(2, 3, 2, 2)).astype(np.float32)
-    found = against_others(maps)
-    np.testing.assert_allclose(found[:, 0], maps[:, 0] - (maps[:, 1] + maps[:, 2]) / 2, rtol=1e-6)
-    np.testing.assert_allclose(against_others(maps[:, :2]).sum(1), 0, atol=1e-6)
+    found = against_others(maps, weight=1)
+    np.testing.assert_allclose(found[:, 0], maps[:, 0] - (maps[:, 1] + maps[:, 2]) / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(against_others(maps), (found + maps) / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(against_others(maps, weight=0), maps)
     for wrong in (maps[:, :1], maps[0]):
         with pytest.raises(ValueError, match="of at least two texts"):
             against_others(wrong)

@@ -470,7 +470,7 @@ def test_grid_has_the_pictures_and_an_overlay_for_each_model():
     figure = draw_grid(images, values, ["pizza", "rocket"], ["CLIP", "DiffCLIP", "DiffCLIP*"])
     axes = np.array(figure.axes).reshape(2, 4)
     assert [axis.get_title() for axis in axes[0]] == ["image", "CLIP", "DiffCLIP", "DiffCLIP*"]
-    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["pizza", "rocket"]
+    assert [axis.get_xlabel() for axis in axes[:, 0]] == ["pizza", "rocket"]
     for row in range(2):
         np.testing.assert_array_equal(axes[row, 0].images[0].get_array(), images[row])
         for column in range(3):
@@ -580,21 +580,47 @@ def test_objects_are_composed_side_by_side(localization):
     assert (picture[36:] == 255).all()
 
 
-def test_relevance_finds_the_asked_object_more_often_than_chance():
-    """In the report, whose figures are the guide's."""
-    report = json.loads((EMOJI.parent / "localization.json").read_text(encoding="utf-8"))
-    guide = " ".join((ROOT / "docs" / "guides" / "look.md").read_text(encoding="utf-8").split())
+def test_a_patch_of_the_largest_value_is_pointed_at_and_precision_is_the_mean_over_what_is_wanted(localization):
+    wanted = np.array([[True, False], [True, False]])
+    # Ranked: wanted, not, wanted, not.
+    values = np.array([[4.0, 3.0], [2.0, 1.0]])
+    assert localization.pointed(values, wanted) == 1
+    assert localization.average_precision(values, wanted) == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert localization.pointed(-values, wanted) == 0
+    assert localization.pointed(0 * values, wanted) == localization.average_precision(0 * values, wanted) == 0.5
+
+
+def test_a_drawing_alone_covers_the_patches_that_it_lies_on(localization):
+    drawing = np.zeros((64, 64, 4), dtype=np.uint8)
+    drawing[16:48, 16:48] = (255, 0, 0, 255)
+    for seed in range(3):
+        single = localization.place(drawing, 48, 8, seed)
+        pixels = np.asarray(single.picture).astype(int)
+        red = (np.abs(pixels - [255, 0, 0]).sum(-1) < 60).reshape(6, 8, 6, 8).mean((1, 3))
+        assert np.abs(single.covered - red).max() < 0.3
+        side = math.sqrt(single.covered.sum() * 64)
+        assert 0.5 * 24 - 2 <= side <= 24 + 2, "half of the drawing, whose side is half of the picture's or more"
+
+
+def test_the_bars_are_reached_and_the_page_has_the_figures():
+    folder = ROOT / "docs" / "localization"
+    report = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    page = (folder / "README.md").read_text(encoding="utf-8")
     assert (report["vendor"], report["chance"]) == ("google", 0.5)
-    assert f"On {report['pictures']} pictures" in guide
-    for methods in report["models"]["diffclip-emoji"].values():
+    assert f"each of {report['pictures']} pictures" in " ".join(page.split())
+    found = report["models"]["diffclip-emoji"]
+    best = "occlusion, half against the other"
+    for layout, share, hit in (("small", 0.75, 0.88), ("wide", 0.82, 0.94)):
+        assert found[layout][best]["share"]["mean"] >= share
+        assert found[layout][best]["hit"]["mean"] >= hit
+    assert (
+        found["one drawing"]["occlusion"]["precision"]["mean"] > found["one drawing"]["relevance"]["precision"]["mean"]
+    )
+    for methods in found.values():
         for method, figures in methods.items():
-            for name, figure in figures.items():
-                if "attention" in method:
-                    assert figure["mean"] == 0.5
-                    continue
-                assert figure["low"] > 0.5
+            for figure in figures.values():
                 shown = [format(100 * figure[end], ".1f") for end in ("mean", "low", "high")]
-                assert name == "moved" or "{} ({}–{})".format(*shown) in guide
+                assert method == "chance" or "{} ({}–{})".format(*shown) in page
 
 
 def test_clip_and_diffclip_trained_beside_each_other_find_it_too():

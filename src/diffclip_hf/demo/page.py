@@ -53,7 +53,7 @@ from starlette.middleware import Middleware
 from diffclip_hf.common.loading import check_device, find_source, load_config
 from diffclip_hf.common.whole_files import check_output_folder
 from diffclip_hf.demo.guard import MAX_AGE, MAX_MEGABYTES, Guard, host_names, private_store, sweeping, uploaded_file
-from diffclip_hf.demo.scores import MAX_LABELS, classify, draw_overlay, load_pair
+from diffclip_hf.demo.scores import MAPS, MAX_LABELS, classify, default_map, draw_overlay, load_pair
 from diffclip_hf.demo.space import EXAMPLES, prepare_examples, write_space
 from diffclip_hf.zero_shot import image_files
 
@@ -137,9 +137,11 @@ each. DiffCLIP is CLIP with differential attention ([paper](https://arxiv.org/ab
 """
 LEGEND = """\
 A score is a label's share among the labels that you gave, so one of them always looks good, even if none fits. Click a
-bar, or choose a label, to see which parts of the picture raise its score: the darker, the more
-([method](https://arxiv.org/abs/2103.15679)). Each label's colours have a scale of their own. The model sees only the
-middle square of the picture, and so does this one.
+bar, or choose a label, to see what speaks for it: the darker, the more. **What the score depends on** hides one part
+of the picture after another and shows where that costs the score. **What each place has of the label** compares each
+part's own values with it. Both take half of what speaks for your other labels away. **Where attention goes** is
+[relevance](https://arxiv.org/abs/2103.15679), which often lies beside the thing. Each label's colours have a scale of
+their own. The model sees only the middle square of the picture, and so does this one.
 """
 
 
@@ -190,7 +192,7 @@ class PageEvents:
     device: str | torch.device
     examples: Sequence[Path]
 
-    def on_classify(self, upload, labels, template, shown):
+    def on_classify(self, upload, labels, template, shown, kind):
         inputs = (upload, labels, template, shown)
         try:
             path = None if upload is None else str(uploaded_file(dict(upload).get("path"), self.store))
@@ -198,9 +200,11 @@ class PageEvents:
                 raise ValueError("Labels, template and model must be texts.")
             if shown not in self.models:
                 raise ValueError(f"There is no model {shown!r:.200}; choose one of {', '.join(self.models)}.")
+            if not isinstance(kind, str) or kind not in MAPS:
+                raise ValueError(f"There is no map {kind!r:.200}; choose one of {', '.join(MAPS)}.")
             classified = classify(path, labels or "", template, self.models[shown], self.device)
             best = next(iter(classified.scores))
-            drawn = draw_overlay(classified, best, self.device)
+            drawn = draw_overlay(classified, best, self.device, kind)
         except (ValueError, TypeError, OSError) as error:
             # Gradio shows HTML.
             text = html.escape(str(error), quote=False)
@@ -212,12 +216,13 @@ class PageEvents:
         bars = {"label": best, "confidences": shares}
         return (inputs, classified), bars, gr.Dropdown(list(classified.scores), value=best), drawn
 
-    def on_choose(self, result, label):
+    def on_choose(self, result, label, kind):
         known = result and isinstance(label, str) and label in result[1].scores
-        return draw_overlay(result[1], label, self.device) if known else None
+        known = known and isinstance(kind, str) and kind in MAPS
+        return draw_overlay(result[1], label, self.device, kind) if known else None
 
-    def on_bar(self, result, selected: gr.SelectData):
-        return selected.value, self.on_choose(result, selected.value)
+    def on_bar(self, result, kind, selected: gr.SelectData):
+        return selected.value, self.on_choose(result, selected.value, kind)
 
     def on_example(self, number, labels):
         if not isinstance(number, int) or not 0 <= number < len(self.examples):
@@ -282,8 +287,8 @@ def _question_fields(models: Mapping[str, str], examples: Sequence[Path]) -> dic
     }
 
 
-def _answer_fields() -> dict[str, Any]:
-    """Lay out the column of what a person gets, and return its fields by name."""
+def _answer_fields(kind: str) -> dict[str, Any]:
+    """Lay out the column of what a person gets, with the map that is shown at first, and return its fields by name."""
     bars = gr.HTML(
         label="Scores",
         html_template="<div class='bars'></div>",
@@ -295,8 +300,9 @@ def _answer_fields() -> dict[str, Any]:
         elem_id="scores",
     )
     chosen = gr.Dropdown([], label="Where the model looks for this label", interactive=True, elem_id="chosen")
+    kinds = gr.Dropdown([(text, name) for name, text in MAPS.items()], value=kind, label="Map", elem_id="kind")
     drawn = gr.Image(
-        label="Relevance",
+        label="What speaks for the label",
         format="png",
         height=420,
         interactive=False,
@@ -304,17 +310,18 @@ def _answer_fields() -> dict[str, Any]:
         elem_id="overlay",
     )
     gr.Markdown(LEGEND)
-    return {"bars": bars, "chosen": chosen, "drawn": drawn}
+    return {"bars": bars, "chosen": chosen, "kinds": kinds, "drawn": drawn}
 
 
 def _connect(events: PageEvents, asked_by: Mapping[str, Any], shown_by: Mapping[str, Any]) -> None:
     """Say what happens when a person does something."""
     picture, labels, template, model = (asked_by[name] for name in ("picture", "labels", "template", "model"))
     run, offered = asked_by["run"], asked_by["offered"]
-    bars, chosen, drawn = shown_by["bars"], shown_by["chosen"], shown_by["drawn"]
+    bars, chosen, kinds, drawn = (shown_by[name] for name in ("bars", "chosen", "kinds", "drawn"))
     # What was classified, and the result; of the session, on the server.
     state = gr.State(time_to_live=MAX_AGE)
     inputs, outputs = [picture, labels, template, model], [state, bars, chosen, drawn]
+    choice = [state, chosen, kinds]
     # One at a time, for a model is loaded once and takes all cores.
     slow: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     # Beside those, yet in the queue too: there is no other way in.
@@ -327,7 +334,7 @@ def _connect(events: PageEvents, asked_by: Mapping[str, Any], shown_by: Mapping[
     # `preprocess=False` gives the picture as the file that came; Gradio's own reading of it drops alpha.
     answer: dict[str, Any] = {
         "fn": events.on_classify,
-        "inputs": inputs,
+        "inputs": [*inputs, kinds],
         "outputs": outputs,
         "preprocess": False,
         **slow,
@@ -338,8 +345,9 @@ def _connect(events: PageEvents, asked_by: Mapping[str, Any], shown_by: Mapping[
         done.append(example.success(**answer, api_visibility="private"))
     asked = [
         *done,
-        chosen.input(events.on_choose, [state, chosen], drawn, trigger_mode="always_last", api_name="overlay", **slow),
-        bars.select(events.on_bar, state, [chosen, drawn], api_visibility="private", **slow),
+        chosen.input(events.on_choose, choice, drawn, trigger_mode="always_last", api_name="overlay", **slow),
+        kinds.input(events.on_choose, choice, drawn, trigger_mode="always_last", api_visibility="private", **slow),
+        bars.select(events.on_bar, [state, kinds], [chosen, drawn], api_visibility="private", **slow),
     ]
     # A result of other inputs than those beside it goes, whether they change after it came or before.
     for event in asked:
@@ -370,7 +378,9 @@ def build_page(
             with gr.Column():
                 asked_by = _question_fields(models, examples)
             with gr.Column():
-                shown_by = _answer_fields()
+                # What is slow for one model is slow to begin with.
+                kinds = {default_map(source, device) for source in models.values()}
+                shown_by = _answer_fields("values" if "values" in kinds else "occlusion")
         _connect(PageEvents(models, store, device, examples), asked_by, shown_by)
     return page
 

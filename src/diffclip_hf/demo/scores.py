@@ -5,7 +5,7 @@ Errors are for the person at the page, and say what to do.
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,28 @@ from PIL import Image
 
 from ..common.loading import load_model, load_processor
 from ..model.image_reading_diffclip import read_image
-from ..visualization import check_model, image_relevance, overlay, shown_images
+from ..visualization import (
+    against_others,
+    check_model,
+    image_occlusion,
+    image_relevance,
+    overlay,
+    shown_images,
+    value_similarity,
+)
 from ..zero_shot import ZeroShotClassifier
 
 
 MAX_LABELS = 100
 MAX_LABEL_CHARACTERS, MAX_TEMPLATE_CHARACTERS = 10_000, 200
+# Map → what the page says of it.
+MAPS = {
+    "occlusion": "What the score depends on: hides parts, and runs 100 to 200 times",
+    "values": "What each place has of the label: runs once",
+    "relevance": "Where attention goes: runs once, with gradients",
+}
+# With more parameters than this, a CPU takes long for what runs 100 times.
+MANY_PARAMETERS = 30_000_000
 # An overlay is about this wide, in pixels.
 OVERLAY_WIDTH = 480
 
@@ -36,6 +52,7 @@ class Classified:
         pixel_values: What the model saw, (1, 3, height, width).
         picture: The same part of the picture, larger, uint8, (height, width, 3).
         cut: The labels whose texts were longer than the model takes, and were cut.
+        maps: What `draw_overlay` has computed of it, by map: (labels, rows, columns).
     """
 
     model: str
@@ -44,6 +61,7 @@ class Classified:
     pixel_values: torch.Tensor
     picture: np.ndarray
     cut: tuple[str, ...]
+    maps: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
 
 @functools.cache
@@ -154,12 +172,45 @@ def classify(
     )
 
 
-def draw_overlay(classified: Classified, label: str, device: str | torch.device = "cpu") -> np.ndarray:
-    """Return the picture with what speaks for a label coloured, uint8, (height, width, 3); see `image_relevance`."""
+def default_map(name: str, device: str | torch.device = "cpu") -> str:
+    """Return the map of a model that answers best in good time: occlusion, but for a large model on a CPU."""
+    model, _ = load_pair(name, device)
+    large = sum(parameter.numel() for parameter in model.parameters()) > MANY_PARAMETERS
+    return "values" if large and torch.device(device).type == "cpu" else "occlusion"
+
+
+def draw_overlay(
+    classified: Classified, label: str, device: str | torch.device = "cpu", kind: str = "occlusion"
+) -> np.ndarray:
+    """Return the picture with what speaks for a label coloured, uint8, (height, width, 3).
+
+    Args:
+        classified: What `classify` gave.
+        label: One of its labels.
+        device: Where the model runs.
+        kind: One of `MAPS`; "occlusion" and "values" are against the other labels, if there are any, and are computed
+            for all labels at once.
+    """
     model, processor = load_pair(classified.model, device)
-    tokens = processor.tokenizer([classified.template.format(label)], truncation=True, return_tensors="pt")
-    relevance = image_relevance(model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
-    return overlay(classified.picture, relevance[0, 0])
+    labels = list(classified.scores)
+    asked = [label] if kind == "relevance" else labels
+    if kind == "relevance" or kind not in classified.maps:
+        texts = [classified.template.format(one) for one in asked]
+        tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        functions = {"occlusion": image_occlusion, "values": value_similarity, "relevance": image_relevance}
+        maps = functions[kind](model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
+        classified.maps[kind] = (against_others(maps) if len(asked) > 1 else maps)[0]
+    return overlay(classified.picture, classified.maps[kind][asked.index(label)])
 
 
-__all__ = ["Classified", "check_template", "classify", "draw_overlay", "load_pair", "parse_labels", "read_picture"]
+__all__ = [
+    "MAPS",
+    "Classified",
+    "check_template",
+    "classify",
+    "default_map",
+    "draw_overlay",
+    "load_pair",
+    "parse_labels",
+    "read_picture",
+]

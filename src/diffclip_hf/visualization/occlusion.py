@@ -80,13 +80,15 @@ def image_occlusion(
         return torch.stack(maps).cpu().numpy()
 
 
-def against_others(maps: np.ndarray) -> np.ndarray:
-    """Return what speaks for each text rather than for the others: its map less the mean of the other texts' maps.
+def against_others(maps: np.ndarray, weight: float = 0.5) -> np.ndarray:
+    """Return what speaks for each text rather than for the others: its map less a part of the others' mean map.
 
-    Where labels compete, as in zero-shot classification, this is the question; a single text has no others.
+    The maps are linear in the score, so these are the maps of a score less the weighted mean of the other texts'.
 
     Args:
         maps: Of `image_occlusion` or `value_similarity`, (images, texts, rows, columns), of two texts or more.
+        weight: How much of the others' mean is taken away. 1 points best where the other things are in the image too,
+            and 0 where they aren't; one half loses little of either.
 
     Raises:
         ValueError: They're of another shape, or of one text.
@@ -97,7 +99,7 @@ def against_others(maps: np.ndarray) -> np.ndarray:
             f"maps is of shape {maps.shape}; it must be (images, texts, rows, columns), of at least two texts."
         )
     others = (maps.sum(1, keepdims=True) - maps) / (maps.shape[1] - 1)
-    return maps - others
+    return maps - weight * others
 
 
 def score_lost(

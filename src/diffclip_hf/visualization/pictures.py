@@ -21,6 +21,10 @@ POSITIVE_COLOURS, SIGNED_COLOURS = "YlOrRd", "RdBu_r"
 FADING = 0.4
 # How much of the picture the strongest colour of an overlay covers.
 OPACITY = 0.85
+# In inches and points: what a telephone still shows large enough to read.
+WIDEST, FONT_SIZE = 5.2, 12
+# Of λ's lines, as in `docs/comparison`.
+LINE_COLOURS = ("#c0392b", "#0072b2", "#e69f00", "#777777")
 
 
 def shown_images(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray:
@@ -98,7 +102,7 @@ def draw_grid(
     Args:
         images: Each row's picture, (height, width, 3), uint8.
         values: (rows, models, grid rows, grid columns); each map has colours of its own scale, as in `overlay`.
-        queries: Each row's text.
+        queries: Each row's text, written below its image.
         models: Each column's title.
         signed: As in `overlay`.
 
@@ -119,12 +123,13 @@ def draw_grid(
             "models; it must be (queries, models, rows, columns), with an image for each query."
         )
     aspect = images[0].shape[1] / images[0].shape[0]
-    figure = _figure((0.3 + 2.3 * aspect * (len(models) + 1), 0.3 + 2.35 * len(queries)))
+    width = min(2.3 * aspect, WIDEST / (len(models) + 1))
+    figure = _figure((width * (len(models) + 1), 0.4 + (width / aspect + 0.35) * len(queries)))
     axes = figure.subplots(len(queries), len(models) + 1, squeeze=False)
     for title, axis in zip(("image", *models), axes[0], strict=True):
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title, fontsize=FONT_SIZE)
     for image, row, query, line in zip(images, values, queries, axes, strict=True):
-        line[0].set_ylabel(query, fontsize=11)
+        line[0].set_xlabel(query, fontsize=FONT_SIZE)
         line[0].imshow(image)
         for axis, relevance in zip(line[1:], row, strict=True):
             axis.imshow(overlay(image, relevance, signed=signed))
@@ -151,11 +156,12 @@ def draw_maps(maps: Sequence[np.ndarray], titles: Sequence[str]) -> "Figure":
     # With every value 0, any scale shows it.
     limit = max(float(np.abs(one).max()) for one in maps) or 1.0
     tallest = max(len(one) / one.shape[1] for one in maps)
-    figure = _figure((0.9 + 2.7 * len(maps), 0.4 + 2.6 * tallest))
+    width = min(2.7, (WIDEST - 0.6) / len(maps))
+    figure = _figure((0.9 + width * len(maps), 0.5 + width * tallest))
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for axis, one, title in zip(axes, maps, titles, strict=True):
         drawn = axis.imshow(one, cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit)
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title, fontsize=FONT_SIZE)
         _without_ticks(axis)
     figure.colorbar(drawn, ax=list(axes), shrink=0.85)
     return figure
@@ -210,18 +216,19 @@ def draw_lambdas(models: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
     towers = [tower for tower in TOWERS if any(tower in values for values in models.values())]
     if not towers:
         raise ValueError(f"models has {list(models)}, none with a differential tower; at least one must have one.")
-    figure = _figure((0.6 + 3.6 * len(towers), 3))
+    figure = _figure((WIDEST, 3))
     axes = figure.subplots(1, len(towers), squeeze=False, sharey=True)[0]
     for axis, tower in zip(axes, towers, strict=True):
         for number, (name, values) in enumerate(models.items()):
             if tower in values:
                 depth = range(1, len(values[tower]) + 1)
-                axis.plot(depth, values[tower], "o-", color=f"C{number}", label=name, markersize=4)
-        axis.set(xlabel="layer", title=f"{tower} tower")
+                axis.plot(depth, values[tower], "o-", color=LINE_COLOURS[number % 4], label=name, markersize=5)
+        axis.set_xlabel("layer", fontsize=FONT_SIZE)
+        axis.set_title(f"{tower} tower", fontsize=FONT_SIZE)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    axes[0].set_ylabel("λ")
+    axes[0].set_ylabel("λ", fontsize=FONT_SIZE)
     return figure
 
 
