@@ -204,11 +204,11 @@ def take_picture(path: Path) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         served([*command, "--examples", str(pictures)], Path(folder)) as url,
-        chromium(1200, 1230) as driver,
+        chromium(1200, 1330) as driver,
     ):
         page = DemoPage(driver, url)
-        page.upload_and_see(pictures / "snowman.png")
-        page.write("snowman, house, dog face, cat face, rocket, pizza")
+        page.upload_and_see(pictures / "bicycle.png")
+        page.write("bicycle, motorcycle, house, dog face, rocket, pizza")
         page.classify()
         page.overlay()
         driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")

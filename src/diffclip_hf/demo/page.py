@@ -300,7 +300,13 @@ def _answer_fields(kind: str) -> dict[str, Any]:
         elem_id="scores",
     )
     chosen = gr.Dropdown([], label="Where the model looks for this label", interactive=True, elem_id="chosen")
-    kinds = gr.Dropdown([(text, name) for name, text in MAPS.items()], value=kind, label="Map", elem_id="kind")
+    kinds = gr.Dropdown(
+        [(text, name) for name, text in MAPS.items()],
+        value=kind,
+        label="Map",
+        info="The first runs the model 100 to 200 times, the others once.",
+        elem_id="kind",
+    )
     drawn = gr.Image(
         label="What speaks for the label",
         format="png",

@@ -29,11 +29,11 @@ from ..zero_shot import ZeroShotClassifier
 
 MAX_LABELS = 100
 MAX_LABEL_CHARACTERS, MAX_TEMPLATE_CHARACTERS = 10_000, 200
-# Map → what the page says of it.
+# Map → what the page calls it.
 MAPS = {
-    "occlusion": "What the score depends on: hides parts, and runs 100 to 200 times",
-    "values": "What each place has of the label: runs once",
-    "relevance": "Where attention goes: runs once, with gradients",
+    "occlusion": "What the score depends on",
+    "values": "What each place has of the label",
+    "relevance": "Where attention goes",
 }
 # With more parameters than this, a CPU takes long for what runs 100 times.
 MANY_PARAMETERS = 30_000_000

@@ -124,7 +124,7 @@ def draw_grid(
         )
     aspect = images[0].shape[1] / images[0].shape[0]
     width = min(2.3 * aspect, WIDEST / (len(models) + 1))
-    figure = _figure((width * (len(models) + 1), 0.4 + (width / aspect + 0.35) * len(queries)))
+    figure = _figure((width * (len(models) + 1), 0.4 + (width / aspect + 0.3) * len(queries)))
     axes = figure.subplots(len(queries), len(models) + 1, squeeze=False)
     for title, axis in zip(("image", *models), axes[0], strict=True):
         axis.set_title(title, fontsize=FONT_SIZE)
