@@ -239,7 +239,8 @@ def plot_figures(runs: list[dict], path: Path) -> None:
 
 def plot_lambdas(runs: list[dict], path: Path) -> None:
     """Draw λ over depth at the end of training, a line for each seed, and where it began."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    # As wide as a telephone shows without making it smaller.
+    figure, axes = plt.subplots(1, 2, figsize=(5.2, 3.4), layout="constrained", sharey=True)
     for axis, tower in zip(axes, ("vision", "text"), strict=True):
         for variant, group in by_variant(runs).items():
             for number, one in enumerate(group):
@@ -249,12 +250,13 @@ def plot_lambdas(runs: list[dict], path: Path) -> None:
                     label = NAMES[variant] if number == 0 else None
                     axis.plot(depth, last[tower], "o-", color=COLOURS[variant], label=label, ms=4, alpha=0.8)
                     axis.plot(depth, first[tower], ":", color=COLOURS[variant], lw=1, alpha=0.6)
-        axis.set(xlabel="layer", title=f"{'image' if tower == 'vision' else 'text'} tower")
+        axis.set_xlabel("layer", fontsize=12)
+        axis.set_title(f"{'image' if tower == 'vision' else 'text'} tower", fontsize=12)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("λ (dotted: before training)")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    axes[0].set_ylabel("λ (dotted: before training)", fontsize=12)
+    axes[0].legend(frameon=False, fontsize=11)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

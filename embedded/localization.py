@@ -51,7 +51,7 @@ from diffclip_hf.visualization import (
 LAYOUTS = {"small": 0.5, "wide": 1.0}
 # A drawing alone has a side between these shares of the picture's, and lies on a patch of which it covers so much.
 SIDES = (0.5, 1.0)
-COVERED = 0.5
+COVERED = 0.25
 MEASURES = {
     "share": "mean share on the asked object's half",
     "hit": "more than half of it there",
@@ -365,7 +365,7 @@ each of {pictures} pictures. The share of a map's positive values on the asked d
 50 %, for a map that doesn't depend on the text has exactly that.
 
 **One drawing** stands at a random place on a plain ground of a random colour, with a side of {least:.0%} to
-{most:.0%} of the picture's. It lies on a patch where it covers at least half of it, by its own transparency. Does the
+{most:.0%} of the picture's. It lies on a patch where it covers at least a quarter of it, by its own transparency. Does the
 map's largest value lie on it, and how well do the values rank the patches (average precision)?
 
 ![The figures of the table as bars: {alt}](figures.png)
