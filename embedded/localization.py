@@ -365,8 +365,8 @@ each of {pictures} pictures. The share of a map's positive values on the asked d
 50 %, for a map that doesn't depend on the text has exactly that.
 
 **One drawing** stands at a random place on a plain ground of a random colour, with a side of {least:.0%} to
-{most:.0%} of the picture's. It lies on a patch where it covers at least a quarter of it, by its own transparency. Does the
-map's largest value lie on it, and how well do the values rank the patches (average precision)?
+{most:.0%} of the picture's. It lies on a patch where it covers at least a quarter of it, by its own transparency. Does
+the map's largest value lie on it, and how well do the values rank the patches (average precision)?
 
 ![The figures of the table as bars: {alt}](figures.png)
 

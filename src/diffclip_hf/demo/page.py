@@ -304,7 +304,7 @@ def _answer_fields(kind: str) -> dict[str, Any]:
         [(text, name) for name, text in MAPS.items()],
         value=kind,
         label="Map",
-        info="The first runs the model 100 to 200 times, the others once.",
+        info="The first runs the model about 100 times, the others once.",
         elem_id="kind",
     )
     drawn = gr.Image(

@@ -37,7 +37,7 @@ def image_occlusion(
 ) -> np.ndarray:
     """Return how much of an image's score with each text is lost where a patch is hidden: what the score depends on.
 
-    It needs a forward of the image tower for each window, 146 for 6 × 6 patches, 114 for 14 × 14. It doesn't show how
+    It needs a forward of the image tower for each window, 90 for 6 × 6 patches, 114 for 14 × 14. It doesn't show how
     the model comes to its score, and little of what the picture has twice.
 
     Args:
