@@ -490,6 +490,8 @@ from transformers import AutoModel, AutoProcessor, pipeline
 options = {options}
 model = AutoModel.from_pretrained("diffclip", **options)
 processor = AutoProcessor.from_pretrained("diffclip", **options)
+# And not transformers_modules, the folder's code.
+assert type(processor.image_processor).__module__.startswith("transformers.models.clip.")
 inputs = processor(text=["a cat", "a dog"], images=Image.open("picture.png"), padding=True, return_tensors="pt")
 with torch.no_grad():
     scores = model(**inputs).logits_per_image.softmax(-1)[0]
