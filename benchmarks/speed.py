@@ -623,6 +623,14 @@ def all_results(only: list[str], args: argparse.Namespace) -> Iterator[dict]:
                 yield measure(case, args.seconds)
 
 
+def write_tables(output: Path, results: list[dict]) -> None:
+    """Write the tables and the plots beside the measurements."""
+    tables = [summary(results), core_summary(results), table(results)]
+    output.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
+    plot_core(results, output.with_name(f"{output.stem}_core.png"))
+    plot_models(results, output.with_name(f"{output.stem}_model.png"))
+
+
 def main() -> None:
     """Run the benchmark."""
     if (given := child_arguments()) is not None:
@@ -647,11 +655,7 @@ def main() -> None:
         results.append(found | {"measured": where})
         results.sort(key=lambda result: PARTS.index(result["part"]))
         write_report(output, results)
-    output.with_suffix(".md").write_text(
-        "\n".join([summary(results), core_summary(results), table(results)]), encoding="utf-8"
-    )
-    plot_core(results, output.with_name(f"{output.stem}_core.png"))
-    plot_models(results, output.with_name(f"{output.stem}_model.png"))
+        write_tables(output, results)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def _block_sizes(query: torch.Tensor) -> tuple[int, int, int]:
     batch_size, num_heads, length, _ = query.shape
     num_threads = torch.get_num_threads()
     entries = BLOCK_ENTRIES_PER_THREAD * num_threads
-    # Half as many entries where batch rows are put together, since q, k and v are copied for it.
-    batch = min(batch_size, max(1, entries // 2 // (num_heads * length * length)))
+    # More where whole batch rows are put together: each product waits for all threads, long beside busy processes.
+    batch = min(batch_size, max(1, 4 * entries // (num_heads * length * length)))
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
     rows = max(LEAST_ROWS, entries // (2 * pairs * length))
@@ -161,7 +161,9 @@ def _block_forward(
     maps = _maps(query, key, bias, scaling)
     difference = maps[0::2].sub_(maps[1::2], alpha=weight)
     return (
-        torch.bmm(difference, value.flatten(0, 1)).view(*value.shape[:2], *difference.shape[1:2], -1).transpose(1, 2)
+        torch.bmm(difference, value.flatten(0, 1))
+        .view(*value.shape[:2], difference.shape[1], value.shape[-1])
+        .transpose(1, 2)
     )
 
 
@@ -313,7 +315,7 @@ class _Kept(torch.autograd.Function):
         batch_size, num_heads, length, _ = query.shape
         maps = _maps(query, key, bias, scaling)
         difference = torch.sub(maps[0::2], maps[1::2], alpha=lambda_value.item())
-        output = torch.bmm(difference, value.flatten(0, 1)).view(batch_size, num_heads // 2, length, -1)
+        output = torch.bmm(difference, value.flatten(0, 1)).view(batch_size, num_heads // 2, length, value.shape[-1])
         return output.transpose(1, 2).contiguous(), maps
 
     @staticmethod

@@ -218,7 +218,7 @@ class DiffCLIPAttention(nn.Module):
     @staticmethod
     def _split(states: torch.Tensor, width: int) -> torch.Tensor:
         """(batch, tokens, hidden_size) → (batch, hidden_size / width, tokens, width)."""
-        return states.view(*states.shape[:2], -1, width).transpose(1, 2)
+        return states.view(*states.shape[:2], states.shape[-1] // width, width).transpose(1, 2)
 
     def forward(
         self,
