@@ -499,11 +499,9 @@ SUMMARY = [
 
 def summary(results: list[dict]) -> str:
     """Return the guide's table: `sdpa` and `eager` against CLIPModel with the same activations, and QuickGELU's."""
+    where = "not run on a GPU" if all(result["measured"]["device"] == "cpu" for result in results) else ""
     lines = [
-        "| not run on a GPU | CLIPModel | DiffCLIPModel, `sdpa` | ratio (middle half of rounds) | `eager`'s | "
-        "CLIPModel's with QuickGELU |"
-        if all(result["measured"]["device"] == "cpu" for result in results)
-        else "| | CLIPModel | DiffCLIPModel, `sdpa` | ratio (middle half of rounds) | `eager`'s | "
+        f"| {where} | CLIPModel | DiffCLIPModel, `sdpa` | ratio (middle half of rounds) | `eager`'s | "
         "CLIPModel's with QuickGELU |",
         "|---|---|---|---|---|---|",
     ]
@@ -523,19 +521,18 @@ def summary(results: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def core_summary(results: list[dict]) -> str:
-    """Return the table of attention alone: the times of plain SDPA's, and `sdpa`'s to the fastest form's."""
+def core_summary(core: list[dict]) -> str:
+    """Return the table of attention alone: the times to plain SDPA's, and `sdpa`'s to the fastest form's."""
     names = ("sdpa", *OWN_FORMS)
     lines = [
         f"| attention alone, ÷ plain SDPA | {' | '.join(names)} | `sdpa` ÷ the fastest form |",
         "|---|" + "---|" * (len(names) + 1),
     ]
-    for result in results:
-        if result["part"] == "core":
-            fastest = result["sdpa_to_fastest_form"]
-            ratios = [f"{result['results'][name]['ratio']:.2f}" for name in names]
-            cells = [title(result), *ratios, f"{fastest['ratio']:.2f} ({fastest['form']})"]
-            lines.append(f"| {' | '.join(cells)} |")
+    for result in core:
+        fastest = result["sdpa_to_fastest_form"]
+        ratios = [f"{result['results'][name]['ratio']:.2f}" for name in names]
+        cells = [title(result), *ratios, f"{fastest['ratio']:.2f} ({fastest['form']})"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -625,7 +622,8 @@ def all_results(only: list[str], args: argparse.Namespace) -> Iterator[dict]:
 
 def write_tables(output: Path, results: list[dict]) -> None:
     """Write the tables and the plots beside the measurements."""
-    tables = [summary(results), core_summary(results), table(results)]
+    core = [result for result in results if result["part"] == "core"]
+    tables = [summary(results), *([core_summary(core)] if core else []), table(results)]
     output.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
     plot_core(results, output.with_name(f"{output.stem}_core.png"))
     plot_models(results, output.with_name(f"{output.stem}_model.png"))
