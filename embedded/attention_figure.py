@@ -42,9 +42,9 @@ def main() -> None:
     images, queries, values = [], [], []
     for row, pair in enumerate(pairs):
         height = models[0][0].config.vision_config.image_size
-        picture = compose(*drawings[list(pair)], height, height)
+        picture = compose(drawings[pair[0]], drawings[pair[1]], height, height)
         # What is drawn is sharper than what the model sees.
-        images.append(np.asarray(compose(*drawings[list(pair)], 4 * height, 4 * height)))
+        images.append(np.asarray(compose(drawings[pair[0]], drawings[pair[1]], 4 * height, 4 * height)))
         names = [items[index].name for index in pair]
         queries.append(names[row % 2])
         line = []

@@ -144,7 +144,7 @@ def measures(own: np.ndarray) -> dict[str, float]:
 
 def maps_of(model: DiffCLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Return every method's maps of one picture for two texts or more."""
-    options = {**inputs, "interpolate_pos_encoding": True}
+    options: dict[str, Any] = {**inputs, "interpolate_pos_encoding": True}
     occlusion, values = image_occlusion(model, **options), value_similarity(model, **options)
     attention = class_attention(model, inputs["pixel_values"], interpolate_pos_encoding=True)
     return {
@@ -160,8 +160,8 @@ def maps_of(model: DiffCLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, 
 
 def settings_of(model: DiffCLIPModel, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Return the maps of one picture by every setting from which the defaults were chosen."""
-    options = {**inputs, "interpolate_pos_encoding": True}
-    found = {}
+    options: dict[str, Any] = {**inputs, "interpolate_pos_encoding": True}
+    found: dict[str, np.ndarray] = {}
     for fill in FILLS:
         # Sizes count equally, so a set's map is the mean of its sizes' maps.
         by_size = {side: image_occlusion(model, **options, fill=fill, windows=[side]) for side in WINDOWS}

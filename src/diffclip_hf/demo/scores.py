@@ -5,6 +5,7 @@ Errors are for the person at the page, and say what to do.
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,11 @@ def draw_overlay(
     if kind == "relevance" or kind not in classified.maps:
         texts = [classified.template.format(one) for one in asked]
         tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        functions = {"occlusion": image_occlusion, "values": value_similarity, "relevance": image_relevance}
+        functions: dict[str, Callable[..., np.ndarray]] = {
+            "occlusion": image_occlusion,
+            "values": value_similarity,
+            "relevance": image_relevance,
+        }
         maps = functions[kind](model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
         classified.maps[kind] = (against_others(maps) if len(asked) > 1 else maps)[0]
     return overlay(classified.picture, classified.maps[kind][asked.index(label)])

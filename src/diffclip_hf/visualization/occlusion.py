@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import conv2d, interpolate, pad
-from transformers import PreTrainedModel
 
 from .towers import as_array, check_encodes, features, grid, image_inputs, text_inputs
 
@@ -25,7 +24,7 @@ STEPS = 3
 
 
 def image_occlusion(
-    model: PreTrainedModel,
+    model: Any,
     pixel_values: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
 from .towers import check_towers, encode, grid, image_inputs, layer_index, text_inputs
 
 
 def value_similarity(
-    model: PreTrainedModel,
+    model: Any,
     pixel_values: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
