@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -260,10 +261,10 @@ class SceneCollator:
         grid = affine_grid(theta, [count, 4, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
         small = scale > 1.6
         placed = torch.empty(count, 4, IMAGE_SIZE, IMAGE_SIZE)
-        options = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
-        placed[~small] = grid_sample(layers[~small], grid[~small], **options)
+        sample = partial(grid_sample, mode="bilinear", padding_mode="zeros", align_corners=False)
+        placed[~small] = sample(layers[~small], grid[~small])
         # Halved first, for bilinear sampling leaves pixels out of what it makes much smaller.
-        placed[small] = grid_sample(avg_pool2d(layers[small], 2), grid[small], **options)
+        placed[small] = sample(avg_pool2d(layers[small], 2), grid[small])
         result = self.grounds(pictures)
         for slot in range(int(slots.max()) + 1):
             chosen = slots == slot
