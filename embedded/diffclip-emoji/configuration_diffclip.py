@@ -34,7 +34,7 @@ _TOWER_BOUNDS = {
     "initializer_factor": _NOT_NEGATIVE,
     "lambda_init_std": _NOT_NEGATIVE,
 }
-_MODEL_BOUNDS = {
+_MODEL_BOUNDS: dict[str, tuple[float, float]] = {
     "projection_dim": _COUNT,
     # Its exponential is finite and not 0 in float32.
     "logit_scale_init_value": (-87, 88),

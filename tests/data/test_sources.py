@@ -34,6 +34,15 @@ def test_a_saved_dataset(tmp_path, image, caption):
     check_pairs(load_image_text_dataset(str(tmp_path)))
 
 
+def test_parquet_files_of_nothing(tmp_path):
+    datasets.Dataset.from_dict({"image": [], "caption": []}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet has no rows\.$"):
+        load_image_text_dataset(str(tmp_path / "rows.parquet"))
+    (tmp_path / "bytes.parquet").touch()
+    with pytest.raises(ValueError, match=r"bytes\.parquet can't be read: ArrowInvalid"):
+        load_image_text_dataset(str(tmp_path / "bytes.parquet"))
+
+
 def test_a_saved_dataset_of_several_splits(tmp_path):
     datasets.DatasetDict(train=pair_dataset(2), test=pair_dataset(4)).save_to_disk(tmp_path)
     check_pairs(load_image_text_dataset(str(tmp_path), split="test"), 4)

@@ -103,16 +103,21 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
             files = {split: expand_braces(source)}
             return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
         return datasets.load_dataset(source, split=split, **load_options)
-    except ValueError as error:
-        if (others := re.search(r"Unknown split .* one of \[(.*)\]", str(error))) is None:
-            raise
-        raise _no_such_split(source, split, re.findall(r"'([^']+)'", others[1])) from error
     except (
         datasets.exceptions.DatasetsError,
         *(pyarrow.lib.ArrowException, LookupError, TypeError, AttributeError),
     ) as error:
         reason = error.__cause__ or error
+        # What it says of a Parquet file whose one group of rows is empty; of one without a group it says the other.
+        if "BatchSize must be greater than 0" in str(reason):
+            raise ValueError(f"{source} has no rows.") from error
         raise ValueError(f"{source} can't be read: {type(reason).__name__}: {reason}") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{source} has no rows.") from error
+        if (others := re.search(r"Unknown split .* one of \[(.*)\]", str(error))) is None:
+            raise
+        raise _no_such_split(source, split, re.findall(r"'([^']+)'", others[1])) from error
 
 
 def _check_captions(dataset: Any, column: str, read: bool) -> None:

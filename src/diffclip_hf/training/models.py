@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..common.fitting import image_processor_differences, tokenizer_differences
 from ..common.loading import check_tokenizer, load_config, load_model, load_processor, load_tokenizer
@@ -88,13 +89,14 @@ def build_model(args: ModelArguments, labels: Sequence[str] | None) -> tuple[nn.
     return model, processor
 
 
-def _with_lora(model: nn.Module, args: ModelArguments, modules_to_save: list[str] | None) -> nn.Module:
+def _with_lora(model: PreTrainedModel, args: ModelArguments, modules_to_save: list[str] | None) -> nn.Module:
     """Return the model with LoRA adapters on the attention's projections, which alone are trained."""
     from peft import LoraConfig, get_peft_model
 
     # The adapters' folder names its base: a folder by a path that holds from everywhere.
-    if os.path.isdir(model.name_or_path):
-        model.name_or_path = os.path.abspath(model.name_or_path)
+    base = args.model_name_or_path
+    if base is not None and os.path.isdir(base):
+        model.name_or_path = os.path.abspath(base)
     alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
     return get_peft_model(
         model,
