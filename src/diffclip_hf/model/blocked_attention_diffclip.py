@@ -328,8 +328,15 @@ class _Kept(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, _):
         query, key, value, lambda_value, maps = ctx.saved_tensors
-        flat = (tensor.flatten(0, 1) for tensor in (grad_output.transpose(1, 2), query, key, value))
-        *grads, grad_lambda = _block_backward(*flat, maps, lambda_value.item(), ctx.scaling)
+        *grads, grad_lambda = _block_backward(
+            grad_output.transpose(1, 2).flatten(0, 1),
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            maps,
+            lambda_value.item(),
+            ctx.scaling,
+        )
         grad_query, grad_key, grad_value = (grad.unflatten(0, (len(query), -1)) for grad in grads)
         return grad_query, grad_key, grad_value, None, grad_lambda.to(lambda_value.dtype), None
 
