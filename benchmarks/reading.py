@@ -174,7 +174,8 @@ def measure_reading(paths: list[str], image_processor: Any, tokenizer: Any, work
         "one_thread": rate(len(paths), times["one"]),
         "threads": rate(len(paths), times["several"]),
         "data_loader": rate(len(paths), times["loader"]),
-        "data_loader_once_started": rate(len(paths), times["started"]),
+        # Of few batches the rest are read when the first one is there.
+        "data_loader_once_started": rate(len(paths), times["started"]) if len(paths) >= 20 * BATCH else None,
         "times_one_thread": round(ratio, 2),
         "times_one_thread_of_all_rounds": [round(one, 2) for one in ratios],
         "share_of_workers": round(ratio / workers, 2),
