@@ -113,6 +113,25 @@ def run_trainer(folder: Path, cls: type = DiffCLIPTrainer, resume: bool | None =
     }
 
 
+def collate_in_the_first(rows: list[dict]) -> dict[str, torch.Tensor]:
+    if dist.is_initialized() and dist.get_rank() == 1:
+        raise KeyError("pixel_values")
+    return collate(rows)
+
+
+def faults(folder: Path) -> list[str]:
+    """What training and evaluation raise where only the second process can't make its batches."""
+    found = []
+    for name in ("train", "evaluate"):
+        parts = {"train_dataset": Pairs(), "eval_dataset": Pairs(11), "data_collator": collate_in_the_first}
+        run = DiffCLIPTrainer(tiny_model(), arguments(folder / name), **parts)
+        try:
+            getattr(run, name)()
+        except (ValueError, KeyError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
 def trained(folder: Path) -> dict[str, dict]:
     parts = zero_shot_parts()
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -142,6 +161,7 @@ def trained(folder: Path) -> dict[str, dict]:
             teacher=tiny_model(seed=1, projection_dim=16),
             contrastive_chunk_size=1,
         ),
+        "faults": faults(folder / "faults") if world_size() > 1 else [],
     }
 
 
@@ -185,6 +205,12 @@ def runs(tmp_path_factory) -> tuple[dict, list[dict]]:
 def sharded_runs(tmp_path_factory) -> tuple[dict, list[dict]]:
     folder = tmp_path_factory.mktemp("sharded")
     return launch(sharded, 1, folder / "one")[0], launch(sharded, 2, folder / "two")
+
+
+def test_a_fault_of_one_process_is_raised_in_all(runs):
+    first, second = (process["faults"] for process in runs[1])
+    assert second == ["KeyError: 'pixel_values'"] * 2
+    assert first == ["ValueError: Process 1 of 2 can't make its next batch: KeyError: 'pixel_values'"] * 2
 
 
 def assert_same_run(actual: dict, expected: dict) -> None:

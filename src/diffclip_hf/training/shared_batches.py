@@ -13,7 +13,12 @@ from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..common.commands import one_line
 from .data_pass import DataPass
+
+
+# What stands in place of a number of rows.
+NO_BATCH, FAULT = -1, -2
 
 
 class SharedBatchSampler(Sampler[list[int]]):
@@ -139,34 +144,58 @@ def nothing_of(batch: Any) -> dict[str, Any]:
     }
 
 
-def even_batches(batches: list[Any], count: int) -> tuple[list[Any], list[list[int]]]:
-    """Give every process as many batches as the one with the most; those added have no rows.
+def next_batches(batches: Iterator[Any], count: int) -> tuple[list[Any], list[list[int]]]:
+    """Take every process's next batches, as many in each as in the one with the most; those added have no rows.
 
     Every process has to call this.
 
     Args:
-        batches: This process's next batches, up to `count`; `{}` counts as one without rows.
-        count: The same in every process.
+        batches: This process's; `{}` counts as one without rows.
+        count: How many are taken at the most, the same in every process.
 
     Returns:
         The batches, and the rows of each in every process, by batch and process.
+
+    Raises:
+        ValueError: Another process's batches can't be made; that process raises its own error.
     """
-    rows = [find_batch_size(batch) or 0 for batch in batches] + [-1] * (count - len(batches))
     if PartialState().num_processes == 1:
-        return batches, [[number] for number in rows[: len(batches)]]
-    everywhere = gather(torch.tensor([rows], device=PartialState().device)).tolist()
+        taken = list(islice(batches, count))
+        return taken, [[find_batch_size(batch) or 0] for batch in taken]
+    taken = []
+    fault: Exception | None = None
+    try:
+        taken.extend(islice(batches, count))
+    except Exception as error:
+        # The others would wait for this process, so they have to hear of it.
+        fault = error
+    rows = [find_batch_size(batch) or 0 for batch in taken] + [NO_BATCH] * (count - len(taken))
+    own = [FAULT] * count if fault is not None else rows
+    everywhere = gather(torch.tensor([own], device=PartialState().device)).tolist()
+    _raise_faults(fault, everywhere)
     needed = max(sum(number >= 0 for number in one) for one in everywhere)
     if any(one[index] <= 0 for one in everywhere for index in range(needed)):
         # What a batch is made of is known only where there is one.
-        examples = [nothing_of(batch) for batch in batches if find_batch_size(batch) is not None][:1]
+        examples = [nothing_of(batch) for batch in taken if find_batch_size(batch) is not None][:1]
         nothing = (gather_object(examples) or [{}])[0]
-        batches = [batch if find_batch_size(batch) is not None else dict(nothing) for batch in batches]
-        batches += [dict(nothing) for _ in range(needed - len(batches))]
-    return batches, [[max(one[index], 0) for one in everywhere] for index in range(needed)]
+        taken = [batch if find_batch_size(batch) is not None else dict(nothing) for batch in taken]
+        taken += [dict(nothing) for _ in range(needed - len(taken))]
+    return taken, [[max(one[index], 0) for one in everywhere] for index in range(needed)]
+
+
+def _raise_faults(fault: Exception | None, everywhere: list[list[int]]) -> None:
+    """Raise this process's fault, or a ValueError of the first process that has one."""
+    faulty = [rank for rank, rows in enumerate(everywhere) if FAULT in rows]
+    if not faulty:
+        return
+    messages = gather_object([] if fault is None else [f"{type(fault).__name__}: {one_line(fault)}"])
+    if fault is not None:
+        raise fault
+    raise ValueError(f"Process {faulty[0]} of {len(everywhere)} can't make its next batch: {messages[0]}")
 
 
 class EvenLoader(DataLoaderStateMixin):
-    """Iterates a DataLoader of each process equally often, for evaluation; see `even_batches`.
+    """Iterates a DataLoader of each process equally often, for evaluation; see `next_batches`.
 
     Args:
         loader: Yields this process's batches.
@@ -191,7 +220,7 @@ class EvenLoader(DataLoaderStateMixin):
     def _batches(self) -> Iterator[Any]:
         own = iter(self.loader)
         while True:
-            batches, rows = even_batches(list(islice(own, 1)), 1)
+            batches, rows = next_batches(own, 1)
             if not batches:
                 return
             if any(rows[0]):
@@ -258,7 +287,7 @@ __all__ = [
     "SharedStream",
     "collate_some",
     "concatenate",
-    "even_batches",
     "gather_rows",
     "is_split",
+    "next_batches",
 ]

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from .gradient_cache import backward_in_chunks
 from .loaders import Loaders
 from .metrics import ZeroShotTask, check_labels, pair_metrics, zero_shot_accuracy
 from .moments import TrainingMoments
-from .shared_batches import EvenLoader, concatenate, even_batches, gather_rows, is_split
+from .shared_batches import EvenLoader, concatenate, gather_rows, is_split, next_batches
 from .weights import (
     contrastive_model,
     give_logit_scale_a_dimension,
@@ -231,7 +230,7 @@ class DiffCLIPTrainer(Trainer):
 
         A process whose data has run out gets batches without rows.
         """
-        batches, self._rows = even_batches(list(islice(epoch_iterator, num_batches)), num_batches)
+        batches, self._rows = next_batches(epoch_iterator, num_batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def compute_loss(
