@@ -7,7 +7,7 @@ and nothing has to be copied between processes, imported again, or left behind.
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
@@ -97,7 +97,7 @@ def read_ahead(
     ahead: int,
     *,
     topped_up: bool = True,
-) -> Iterator[Read]:
+) -> Generator[Read, None, None]:
     """Yield what `read` returns of each item, in order.
 
     An error of an item, or of what yields the items, is raised where it is its turn, as without threads. The threads

@@ -1,7 +1,7 @@
 """Embeddings of any of Transformers' CLIP-like models, DiffCLIP's among them, in one way for all."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -216,7 +216,7 @@ class Encoder:
 
     def _read_all(
         self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int], read: Callable[[Any], Any]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Yield what `read` returns of each image, as `datasets` holds it undecoded, a bounded number ahead."""
 
         def read_row(row: tuple[int, Mapping[str, Any] | None]) -> Any:
