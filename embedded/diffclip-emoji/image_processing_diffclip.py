@@ -3,14 +3,12 @@
 import math
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import (
@@ -220,24 +218,6 @@ def _check_crop(size: Any) -> None:
         raise ValueError(f"crop_size is {size}; it must have height and width.")
 
 
-# What the values of 8 bits become, of which there are only 256 for each channel.
-_SCALING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-
-
-@lru_cache(maxsize=16)
-def _scaled_levels(processor: Any, *scaling: Any) -> np.ndarray:
-    """Return what a processor makes of each level of each channel, (3, 256); `scaling` has `_SCALING`'s."""
-    return processor._scale_levels(np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1)), *scaling)[:, 0].copy()
-
-
-def _look_up(levels: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Return an image, uint8, (3, height, width), with each value replaced by what its channel has for it."""
-    found = np.empty(image.shape, levels.dtype)
-    for channel, plane in enumerate(image):
-        np.take(levels[channel], plane, out=found[channel], mode="clip")
-    return found
-
-
 class SLIPEvaluationTransform(BaseImageProcessor):
     """SLIP's evaluation transform, and what both backends do alike; stands before a backend among a class's bases."""
 
@@ -316,25 +296,6 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
             image = array_to_rgb(image, do_rescale, input_data_format)
         return image if device is None else image.to(device)
 
-    def _preprocess(self, images, *args, **options):
-        # A single one needs no grouping by size; several threads read one each, and few steps keep them apart.
-        single = len(images) == 1 and not args and not options.get("do_pad") and images[0].shape[0] == 3
-        if not single or images[0].device.type != "cpu" or images[0].dtype != torch.uint8:
-            return super()._preprocess(images, *args, **options)
-        image = images[0][None]
-        if options["do_resize"]:
-            image = self.resize(image, size=options["size"], resample=options["resample"])
-        if options["do_center_crop"]:
-            image = self.center_crop(image, options["crop_size"])
-        levels = _scaled_levels(self, *(options[name] for name in _SCALING))
-        pixel_values = torch.from_numpy(_look_up(levels, image[0].numpy()))[None]
-        kind = options["return_tensors"]
-        return BatchFeature({"pixel_values": pixel_values if kind == "pt" else list(pixel_values)}, tensor_type=kind)
-
-    def _scale_levels(self, levels, *scaling):
-        """Return levels, uint8, (3, height, width), rescaled and normalised; `scaling` has `_SCALING`'s."""
-        return self.rescale_and_normalize(torch.from_numpy(levels)[None], *scaling)[0].numpy()
-
     def center_crop(self, image, size, **kwargs):  # type: ignore[override]
         # Transformers' own differs from torchvision's by a pixel where half the margin isn't a whole number.
         _check_crop(size)
@@ -405,26 +366,6 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
             image = np.pad(image, [(0, 0), *((pad // 2, pad - pad // 2) for pad in missing)])
         top, left = (round((image.shape[1] - size.height) / 2), round((image.shape[2] - size.width) / 2))
         return image[:, top : top + size.height, left : left + size.width]
-
-    def _preprocess(self, images, *args, **options):
-        if args or options.get("do_pad"):
-            return super()._preprocess(images, *args, **options)
-        scaling, kind = [options[name] for name in _SCALING], options["return_tensors"]
-        unscaled = {**options, "do_rescale": False, "do_normalize": False, "return_tensors": None}
-        scaled = [
-            _look_up(_scaled_levels(self, *scaling), image)
-            if image.dtype == np.uint8 and len(image) == 3
-            else self._scale_levels(image, *scaling)
-            for image in super()._preprocess(images, **unscaled)["pixel_values"]
-        ]
-        whole = scaled[0][None] if kind == "pt" and len(scaled) == 1 else scaled
-        return BatchFeature({"pixel_values": whole}, tensor_type=kind)
-
-    def _scale_levels(self, levels, do_rescale, rescale_factor, do_normalize, image_mean, image_std):
-        """Return an array, (3, height, width), rescaled and normalised."""
-        if do_rescale:
-            levels = self.rescale(levels, rescale_factor)
-        return self.normalize(levels, image_mean, image_std) if do_normalize else levels
 
 
 __all__ = ["DiffCLIPImageProcessor", "DiffCLIPImageProcessorPil"]

@@ -447,4 +447,4 @@ def test_embeddings_that_cannot_be_kept_are_returned(tmp_path, monkeypatch, capl
     assert "No space left on device" in caplog.text
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Embeddings can't be kept.*--no-cache"):
-        EmbeddingCache(tmp_path / "file" / "cache").check()
+        EmbeddingCache(tmp_path / "file" / "cache").check(mend="Or keep none, with --no-cache.")
