@@ -170,6 +170,53 @@ def test_onnx_snippets(python):
     assert similarities[0] > similarities[1], "a pizza is more like 'pizza' than like 'rocket'"
 
 
+SERVING = """
+import json, socket, threading, time, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+
+def post(path, data, kind):
+    request = urllib.request.Request(f"{url}/{path}", data, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)["detail"]
+
+listening = socket.create_server(("127.0.0.1", 0))
+url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+thread = threading.Thread(target=server.run, args=([listening],))
+thread.start()
+while not server.started:
+    time.sleep(0.05)
+names = ["pizza", "rocket", "guitar", "dog-face"]
+pictures = [Path(f"embedded/pictures/{name}.png").read_bytes() for name in names]
+labels = post("texts", json.dumps(["pizza", "rocket", "guitar", "dog face"]).encode(), "application/json")
+with ThreadPoolExecutor(16) as threads:
+    images = list(threads.map(lambda index: post("image", pictures[index % 4], "image/png"), range(64)))
+refused = [post("image", b"no picture", "image/png"), post("texts", b"[]", "application/json")]
+server.should_exit = True
+thread.join()
+print("SERVED", json.dumps([labels, images, refused]))
+"""
+
+
+def test_sixteen_clients_of_the_server_get_their_own_embeddings(python):
+    printed = python("-c", one_block("docs/guides/deploy.md", "FastAPI()") + SERVING)
+    (status, texts), images, refused = json.loads(printed.split("SERVED ")[1])
+    assert status == 200
+    assert [status for status, _ in images] == [200] * 64
+    found = torch.tensor([embeds for _, embeds in images])
+    assert torch.allclose(found.norm(dim=1), torch.ones(64))
+    assert (found @ torch.tensor(texts).T).argmax(1).tolist() == [0, 1, 2, 3] * 16
+    assert [status for status, _ in refused] == [422, 422]
+    assert "isn't a picture" in refused[0][1]
+
+
 def test_from_the_hub_and_back(clone, warm_python, tmp_path):
     """Against a Hub on loopback that has a file like the released one under its name, but for a tiny model."""
     generator = torch.Generator().manual_seed(0)
