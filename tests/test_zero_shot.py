@@ -1,6 +1,7 @@
 """`ZeroShotClassifier` against Transformers' own pipeline, and against averages worked out by hand."""
 
 import io
+import multiprocessing
 import re
 import struct
 import sys
@@ -311,12 +312,13 @@ def twenty(tmp_path_factory) -> list[Path]:
     return image_files(folder)
 
 
-def test_threads_read_what_one_reads(model, processor, twenty, tmp_path):
+def test_several_read_what_one_reads(model, processor, twenty, tmp_path):
     """Bit for bit, whatever the pictures are given as; the seventh, damaged, is named, and nothing is left behind."""
     alone, many = (ZeroShotClassifier(model, processor, LABELS, batch_size=3, num_workers=number) for number in (0, 4))
     expected = alone.logits(twenty)
     opened = [Image.open(path) for path in twenty]
-    for given in (twenty, map(str, twenty), opened, [path.read_bytes() for path in twenty]):
+    mixed = [twenty[0], *map(Image.open, twenty[1:3]), *twenty[3:]]
+    for given in (twenty, map(str, twenty), opened, [path.read_bytes() for path in twenty], mixed):
         assert torch.equal(many.logits(given), expected)
     assert torch.equal(many.logits([Image.open(twenty[0])] * 20), expected[:1].expand(20, -1))
     broken = tmp_path / "broken.png"
@@ -332,7 +334,9 @@ def test_threads_read_what_one_reads(model, processor, twenty, tmp_path):
     assert len(found[many]) == 7, "two batches, and the error"
     stream = many.stream(twenty)
     next(stream)
+    assert len(multiprocessing.active_children()) == 4
     del stream
+    assert not multiprocessing.active_children()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("diffclip-reading")]
 
 

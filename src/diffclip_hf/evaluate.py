@@ -142,7 +142,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=int,
         metavar="N",
-        help="How many threads read images; 0 or 1 reads them one after the other. (default: one for each core)",
+        help="How many processes read images; 0 or 1 reads them one after the other. (default: one for each core)",
     )
 
 

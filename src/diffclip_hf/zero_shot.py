@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from itertools import count, islice
+from itertools import chain, count, islice
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .common.embedding_cache import EmbeddingCache
 from .common.keys import UnknownContentError, embedding_key
-from .common.reading_ahead import check_num_workers, read_ahead
+from .common.reading_ahead import check_num_workers, how_far_ahead, joined, read_ahead
 from .model.image_reading_diffclip import read_image
 from .model.offloading_diffclip import check_has_weights, execution_device, logit_scale_factor
 from .model.processing_diffclip import check_text
@@ -232,9 +232,11 @@ class ZeroShotClassifier:
 
     Images are given as Pillow images, paths, URLs and what else `read_image` reads, arrays as the image processor
     takes them, folders (`image_files`), a `datasets` dataset, or any iterable of these or of a dataset's rows. As in
-    `to_rgb`, what is transparent is laid over white. They're read by several threads, at most a batch and two images a
-    thread ahead, and of each only its pixel values are kept. An iterator whose length isn't known is asked for a batch
-    at a time, since it may wait for answers; what it gives that it may change again, such as arrays, is read at once.
+    `to_rgb`, what is transparent is laid over white. They're read by several workers, at most a batch and 16 images
+    a worker ahead, and of each only its pixel values are kept. From 16 images on these are processes for paths, URLs,
+    bytes and a dataset's rows, on Linux and in the main thread (`read_ahead`), and otherwise threads. An iterator
+    whose length isn't known is asked for a batch at a time, since it may wait for answers; what it gives that it may
+    change again, such as arrays, is read at once.
 
     Args:
         model: A `DiffCLIPModel`, or another of Transformers' that has `get_text_features`, `get_image_features` and
@@ -245,8 +247,8 @@ class ZeroShotClassifier:
         templates: A template, or several to average, with `{}` where the label belongs; `IMAGENET_TEMPLATES`.
         batch_size: Images that go through the model at once; by default 8 on a CPU, which more make slower, else 64.
         text_batch_size: Texts that go through the model at once.
-        num_workers: Threads that read images; by default as many as there are cores, up to 32. With 0 or 1 they're
-            read one after the other in the thread that asks for them.
+        num_workers: Processes or threads that read images; by default as many as there are cores, up to 32. With 0 or
+            1 they're read one after the other in the thread that asks for them.
         cache_dir: A folder where the labels' embeddings are kept, and taken from where nothing has changed that they
             depend on: weights, configuration, dtype, device, texts, tokenizer and the versions of the code.
         progress_bar: Whether to show bars, which `transformers.logging.disable_progress_bar()` turns off too.
@@ -354,13 +356,19 @@ class ZeroShotClassifier:
         sources, total = _sources(_undecoded(images, image_column))
         # Whatever else has no length may wait for answers.
         topped_up = total is not None or hasattr(sources, "features")
-        ahead = self.batch_size + 2 * self.num_workers if topped_up else self.batch_size
+        ahead = how_far_ahead(self.batch_size, self.num_workers, total) if topped_up else self.batch_size
+        rows = self._rows(sources, image_column, whole=topped_up)
+        # The first says of what kind they are.
+        first = list(islice(rows, 1 if topped_up else 0))
+        sendable = bool(first) and _stays(first[0][1])
         pixel_values = read_ahead(
-            self._rows(sources, image_column, whole=topped_up),
+            self._sendable(chain(first, rows)) if sendable else chain(first, rows),
             self._read,
             self.num_workers,
-            ahead if total is None else min(ahead, total),
+            ahead,
             topped_up=topped_up,
+            sendable=sendable,
+            gives_way=execution_device(self.model).type == "cpu",
         )
         disable = not self.progress_bar or total == 1
         with (
@@ -368,11 +376,13 @@ class ZeroShotClassifier:
             logging.tqdm(total=total, desc="Images", unit="image", disable=disable) as bar,
         ):
             while batch := list(islice(pixel_values, self.batch_size)):
-                yield self._image_logits(torch.cat(batch))
+                yield self._image_logits(joined(batch))
                 bar.update(len(batch))
 
     def _rows(self, sources: Iterable[Any], image_column: str | None, whole: bool) -> Iterator[Any]:
         """Yield each image's index, the image unread, and a lock for it; or its pixel values, where it has to be read.
+
+        There's no lock for what stays as it is.
 
         Args:
             sources: As `_sources` returns them.
@@ -395,8 +405,13 @@ class ZeroShotClassifier:
                 if image_column not in source:
                     raise ValueError(f"Row {index} has the columns {list(source)}, and no {image_column!r}.")
                 source = source[image_column]
-            row = (index, source, locks[id(source) // 16 % len(locks)])
-            yield row if whole or _stays(source) else self._read(row)
+            stays = _stays(source)
+            row = (index, source, None if stays else locks[id(source) // 16 % len(locks)])
+            yield row if whole or stays else self._read(row)
+
+    def _sendable(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """Yield rows of `_rows`, read where they can't be sent to another process."""
+        return (row if row[2] is None else self._read(row) for row in rows)
 
     def _read(self, row: Any) -> torch.Tensor:
         """Return an image's pixel values, float32, (1, channels, height, width)."""
@@ -404,7 +419,7 @@ class ZeroShotClassifier:
             return row
         index, source, lock = row
         try:
-            with nullcontext() if _stays(source) else lock:
+            with lock or nullcontext():
                 return self._pixel_values(source)
         except Exception as error:
             raise _unreadable(index, source, error) from error

@@ -1,9 +1,12 @@
-"""Items read by several threads come as if they were read one by one, and no thread stays."""
+"""Items read by several threads or processes come as if they were read one by one, and none of these stays."""
 
+import multiprocessing
 import os
+import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 
 import pytest
@@ -13,12 +16,15 @@ from diffclip_hf.common.reading_ahead import MOST_WORKERS, check_num_workers, re
 
 
 NAME = "diffclip-reading"
+FORK = multiprocessing.get_context("fork")
+WAYS = pytest.mark.parametrize("sendable", [False, True], ids=["threads", "processes"])
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_stays():
+def _none_stays():
     yield
     assert not reading_threads()
+    assert not multiprocessing.active_children()
 
 
 def reading_threads() -> list[str]:
@@ -33,36 +39,55 @@ def slow_square(number: int) -> int:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 5])
 @pytest.mark.parametrize("topped_up", [True, False])
-def test_the_order_is_the_items(num_workers, topped_up):
-    found = read_ahead(iter(range(23)), slow_square, num_workers, 7, topped_up=topped_up)
-    assert list(found) == [number * number for number in range(23)]
-    assert list(read_ahead([], slow_square, num_workers, 7, topped_up=topped_up)) == []
+@WAYS
+def test_the_order_is_the_items(num_workers, topped_up, sendable):
+    for count in (0, 43):
+        found = read_ahead(iter(range(count)), slow_square, num_workers, 19, topped_up=topped_up, sendable=sendable)
+        assert list(found) == [number * number for number in range(count)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 4])
-def test_an_error_is_raised_where_it_is_its_turn(num_workers):
+@WAYS
+def test_an_error_is_raised_where_it_is_its_turn(num_workers, sendable):
     def read(number: int) -> int:
         if number in (6, 9):
-            raise ValueError(f"{number} can't be read")
+            raise ValueError(f"{number} can't be read") from KeyError(number)
         return number
 
     found = []
-    with pytest.raises(ValueError, match="6 can't be read"):
-        found.extend(read_ahead(range(20), read, num_workers, 20))
+    with pytest.raises(ValueError, match=r"^6 can't be read$") as caught:
+        found.extend(read_ahead(range(20), read, num_workers, 20, sendable=sendable))
+    assert repr(caught.value.__cause__) == "KeyError(6)"
     assert found == [0, 1, 2, 3, 4, 5]
+
+
+class LocalError(Exception):
+    """Can't be made again of its text alone."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} {second}")
+
+
+def test_an_error_that_cannot_be_sent_is_told():
+    def read(number: int) -> int:
+        raise LocalError("never", "again")
+
+    with pytest.raises(RuntimeError, match="LocalError: never again"):
+        list(read_ahead(range(20), read, 2, 20, sendable=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 @pytest.mark.parametrize("topped_up", [True, False])
-def test_an_error_of_the_items_comes_after_those_before_it(num_workers, topped_up):
+@WAYS
+def test_an_error_of_the_items_comes_after_those_before_it(num_workers, topped_up, sendable):
     def items():
-        yield from range(6)
+        yield from range(21)
         raise OSError("the disk is gone")
 
     found = []
     with pytest.raises(OSError, match="the disk is gone"):
-        found.extend(read_ahead(items(), slow_square, num_workers, 4, topped_up=topped_up))
-    assert found == [number * number for number in range(6)]
+        found.extend(read_ahead(items(), slow_square, num_workers, 16, topped_up=topped_up, sendable=sendable))
+    assert found == [number * number for number in range(21)]
 
 
 def test_it_runs_a_bounded_number_ahead():
@@ -94,24 +119,135 @@ def test_one_item_needs_no_threads():
     assert set(read_ahead(range(9), lambda _: threading.current_thread().name[: len(NAME)], 8, 9)) == {NAME}
 
 
-def test_what_is_dropped_half_way_leaves_no_thread():
-    numbers = read_ahead(range(100), slow_square, 4, 10)
+def workers() -> list:
+    return reading_threads() or multiprocessing.active_children()
+
+
+@WAYS
+def test_what_is_dropped_half_way_leaves_none(sendable):
+    numbers = read_ahead(range(100), slow_square, 4, 16, sendable=sendable)
     next(numbers)
-    assert reading_threads()
+    assert len(workers()) == 4
     del numbers
-    assert not reading_threads()
+    assert not workers()
 
 
-def test_an_interruption_leaves_no_thread():
+@WAYS
+def test_an_interruption_leaves_none(sendable):
     """As Ctrl-C raises it, in the caller's thread, while it waits or takes an item."""
 
     def interrupted():
-        yield from range(5)
+        yield from range(17)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(read_ahead(interrupted(), slow_square, 4, 10))
-    assert not reading_threads()
+        list(read_ahead(interrupted(), slow_square, 4, 16, sendable=sendable))
+    assert not workers()
+
+
+def test_processes_run_a_bounded_number_ahead_of_what_is_yielded():
+    taken: list[int] = []
+    numbers = read_ahead((taken.append(n) or n for n in range(400)), slow_square, 3, 40, sendable=True)
+    for number in range(300):
+        assert next(numbers) == number * number
+        assert len(taken) <= number + 41
+    assert len(multiprocessing.active_children()) == 3
+    numbers.close()
+
+
+def pictures_of(number: int) -> tuple[torch.Tensor, bytes, torch.Tensor]:
+    """Of several dtypes and sizes, one larger than a place."""
+    sides = (3, 700, 700) if number % 7 == 3 else (3, 20 + number, 30)
+    dtype = (torch.float32, torch.uint8, torch.bfloat16)[number % 3]
+    return torch.full(sides, number, dtype=dtype), bytes([number]), torch.arange(number)
+
+
+def test_tensors_stay_as_they_are_read_for_as_long_as_they_are_held():
+    """Those that are kept, and those whose places are used again, of parts of which others are made."""
+    numbers = read_ahead(range(100), pictures_of, 2, 16, sendable=True)
+    kept, rows = [], []
+    for number, found in enumerate(numbers):
+        kept.append(found) if number % 2 else rows.append(found[0][0, 1])
+        del found
+    assert (len(kept), len(rows)) == (50, 50)
+    for number, found in zip(range(1, 100, 2), kept, strict=True):
+        for one, right in zip(found, pictures_of(number), strict=True):
+            assert torch.equal(one, right) if isinstance(right, torch.Tensor) else one == right
+    for number, row in zip(range(0, 100, 2), rows, strict=True):
+        assert torch.equal(row, pictures_of(number)[0][0, 1])
+
+
+def test_a_killed_process_is_one_plain_error():
+    def read(number: int) -> int:
+        if number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    with pytest.raises(ChildProcessError, match="was killed"):
+        list(read_ahead(range(100), read, 2, 16, sendable=True))
+
+
+def test_no_process_outlives_a_caller_that_is_killed():
+    def start() -> None:
+        numbers = read_ahead(range(100), slow_square, 2, 16, sendable=True)
+        next(numbers)
+        sending.send([child.pid for child in multiprocessing.active_children()])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    receiving, sending = FORK.Pipe(duplex=False)
+    forked(start, daemon=False)
+    pids = receiving.recv()
+    assert len(pids) == 2
+    for _ in range(600):
+        if not any(alive(pid) for pid in pids):
+            break
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in pids)
+
+
+def forked(work: Callable[[], None], daemon: bool) -> None:
+    """Run something in a forked process, and wait for its end."""
+    process = FORK.Process(target=work, daemon=daemon)
+    with warnings.catch_warnings():
+        # Of Python 3.12 and later, since torch may have threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    process.join()
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended may still wait for whoever takes its status."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def read_where(_: int) -> tuple[int, int]:
+    return os.getpid(), torch.get_num_threads()
+
+
+def test_where_no_process_can_be_forked_threads_read():
+    """In another thread and in a daemonic process, which may have no children; and where torch is on a device."""
+
+    def seen() -> set:
+        return set(read_ahead(range(40), read_where, 2, 16, sendable=True))
+
+    here = {(os.getpid(), 1)}
+    assert {threads for _, threads in seen()} == {1}
+    assert not seen() & here
+    found: list[set] = []
+    thread = threading.Thread(target=lambda: found.append(seen()))
+    thread.start()
+    thread.join()
+    with torch.device("meta"):
+        found.append(seen())
+    assert found == [here, here]
+    receiving, sending = FORK.Pipe(duplex=False)
+    forked(lambda: sending.send((os.getpid(), seen())), daemon=True)
+    pid, there = receiving.recv()
+    assert there == {(pid, 1)}
 
 
 def test_a_forked_process_ends_and_is_told():

@@ -202,7 +202,7 @@ def load_captioned(spec: DatasetSpec, split: str, num_workers: int | None = None
     Args:
         spec: The data set.
         split: The part.
-        num_workers: Threads that read the files, by default as many as there are cores.
+        num_workers: How many workers read the files, by default as many as there are cores.
 
     Raises:
         ValueError: As `load_image_text_dataset` raises; it names tar shards; or a row has no image or no caption.

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..common.embedding_cache import EmbeddingCache
 from ..common.keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
 from ..common.loading import FULL_LENGTH_MODELS, check_device, load_model, load_processor
-from ..common.reading_ahead import check_num_workers, read_ahead
+from ..common.reading_ahead import check_num_workers, how_far_ahead, joined, read_ahead
 from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
@@ -74,8 +74,8 @@ class Encoder:
         processor: With an `image_processor` and a `tokenizer`.
         cache: Where embeddings are kept.
         batch_size: Images at once; by default 8 on a CPU, else 64.
-        num_workers: Threads that read images; by default as many as there are cores, up to 32. With 0 or 1 they're
-            read one after the other in the caller's thread.
+        num_workers: Processes that read images, threads where there are few; by default as many as there are cores, up
+            to 32. With 0 or 1 they're read one after the other in the caller's thread.
 
     Raises:
         ValueError: The model or the processor lacks a part or weights, or a number is too small.
@@ -227,8 +227,15 @@ class Encoder:
                 path = f" ({image['path']:.200})" if image and image["path"] else ""
                 raise ValueError(f"Image {row_of(index)} of the split {split}{path} can't be read: {error}") from error
 
-        ahead = min(len(dataset), self.batch_size + 2 * self.num_workers)
-        return read_ahead(enumerate(dataset["image"]), read_row, self.num_workers, ahead)
+        ahead = how_far_ahead(self.batch_size, self.num_workers, len(dataset))
+        return read_ahead(
+            enumerate(dataset["image"]),
+            read_row,
+            self.num_workers,
+            ahead,
+            sendable=True,
+            gives_way=self.device.type == "cpu",
+        )
 
     def _images_digest(self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int]) -> str:
         """Return the SHA-256 of every image's file, in the order of the rows."""
@@ -261,7 +268,7 @@ class Encoder:
             while batch := list(islice(images, self.batch_size)):
                 pixel_values, digests = zip(*batch, strict=True)
                 digest.update(b"".join(digests))
-                inputs = {"pixel_values": torch.cat(pixel_values).to(execution_device(self.model), self.model.dtype)}
+                inputs = {"pixel_values": joined(pixel_values).to(execution_device(self.model), self.model.dtype)}
                 tower = self.model.vision_model if pooled else self.model.get_image_features
                 found = tower(**inputs, return_dict=True).pooler_output.float()
                 embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
