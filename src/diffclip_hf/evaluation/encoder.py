@@ -215,9 +215,17 @@ class Encoder:
         return self.cache.get("texts", key, len(texts), lambda: self._encode_texts(batches, len(texts)))
 
     def _read_all(
-        self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int], read: Callable[[Any], Any]
+        self,
+        dataset: "datasets.Dataset",
+        split: str,
+        row_of: Callable[[int], int],
+        read: Callable[[Any], Any],
+        sendable: bool,
     ) -> Generator[Any, None, None]:
-        """Yield what `read` returns of each image, as `datasets` holds it undecoded, a bounded number ahead."""
+        """Yield what `read` returns of each image, as `datasets` holds it undecoded, a bounded number ahead.
+
+        `sendable` says whether it's worth sending them to other processes.
+        """
 
         def read_row(row: tuple[int, Mapping[str, Any] | None]) -> Any:
             index, image = row
@@ -233,7 +241,7 @@ class Encoder:
             read_row,
             self.num_workers,
             ahead,
-            sendable=True,
+            sendable=sendable,
             gives_way=self.device.type == "cpu",
         )
 
@@ -241,7 +249,7 @@ class Encoder:
         """Return the SHA-256 of every image's file, in the order of the rows."""
         digest = hashlib.sha256()
         with (
-            closing(self._read_all(dataset, split, row_of, image_digest)) as digests,
+            closing(self._read_all(dataset, split, row_of, image_digest, sendable=False)) as digests,
             logging.tqdm(total=len(dataset), desc="Files", unit="file") as bar,
         ):
             for one in digests:
@@ -261,7 +269,7 @@ class Encoder:
         """Return the embeddings, and what `_images_digest` returns of the files that were decoded."""
         embeds, digest = [], hashlib.sha256()
         with (
-            closing(self._read_all(dataset, split, row_of, self._pixel_values)) as images,
+            closing(self._read_all(dataset, split, row_of, self._pixel_values, sendable=True)) as images,
             logging.tqdm(total=len(dataset), desc="Images", unit="image") as bar,
             torch.inference_mode(),
         ):
