@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from captions import CaptionWriter
-from emoji_data import Emoji, fetch_package, load_drawings
-from small_model import IMAGE_SIZE, MEAN, STD
+from drawing_collator import DrawingCollator
+from emoji_data import Emoji, fetch_package
+from small_model import IMAGE_SIZE
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 from transformers import PreTrainedTokenizerBase
 
@@ -104,19 +105,13 @@ class Picture:
     caption: str = ""
 
 
-class SceneCollator:
+class SceneCollator(DrawingCollator):
     """Make a batch: for each emoji a picture in which it is, with a caption.
 
     The other drawings of a picture are of emoji that aren't in the batch, whose captions would fit the picture too.
-    Drawings aren't mirrored: arrows, hands and letters would be other emoji.
-
-    Args:
-        items: All emoji.
-        vendors: Whose drawings there are.
-        cache_dir: Where the drawings are, or are put.
-        tokenizer: Of the captions.
-        seed: Of every choice.
     """
+
+    mixing, grey = 0.12, 0.07
 
     def __init__(
         self,
@@ -126,19 +121,9 @@ class SceneCollator:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
     ):
-        drawings = [load_drawings(vendor, items, cache_dir) for vendor in vendors]
-        images = np.stack([images for images, _ in drawings])
-        present = np.stack([has for _, has in drawings])
-        self.colours = [main_colours(one) for one in images]
-        self.images = torch.from_numpy(images).permute(0, 1, 4, 2, 3)
-        self.vendors_of = [np.flatnonzero(present[:, index]) for index in range(len(items))]
-        self.tokenizer = tokenizer
-        self.random = np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(items, vendors, cache_dir, tokenizer, seed)
+        self.colours = [main_colours(one.permute(0, 2, 3, 1).numpy()) for one in self.images]
         self.writer = CaptionWriter(items, load_keywords(items, cache_dir), self.random)
-
-    def _uniform(self, count: int, low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(count, generator=self.generator)
 
     def _vendor(self, index: int) -> int:
         choices = self.vendors_of[index]
@@ -171,7 +156,7 @@ class SceneCollator:
             others: Those that may be beside it.
         """
         kind = str(self.random.choice(list(KINDS), p=list(KINDS.values())))
-        if kind == "same" and self.writer.items[index].category not in COUNTED:
+        if kind == "same" and self.items[index].category not in COUNTED:
             kind = "large"
         picture = Picture([index], [self._vendor(index)])
         picture.ground = str(self.random.choice(list(GROUNDS), p=list(GROUNDS.values())))
@@ -249,10 +234,7 @@ class SceneCollator:
         places = torch.tensor([place for picture in pictures for place in picture.places], dtype=torch.float32)
         scale = 1 / torch.tensor([size for picture in pictures for size in picture.sizes])
         count = len(owners)
-        rgba = self.images[vendors, indices].float() / 255
-        alpha = rgba[:, 3:]
-        # Premultiplied, so that resampling doesn't mix in the colour of what is transparent.
-        layers = torch.cat([rgba[:, :3] * alpha, alpha], 1)
+        layers = self._layers(vendors, indices)
         angle = self._uniform(count, -0.25, 0.25)
         stretch = self._uniform(count, 0.9, 1.1)
         cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -272,21 +254,7 @@ class SceneCollator:
             result[into] = layer[:, :3] + (1 - layer[:, 3:]) * result[into]
         return result
 
-    def recolour(self, images: torch.Tensor) -> torch.Tensor:
-        """Change colours by a random mixing of the channels near the identity, contrast and brightness."""
-        count = len(images)
-        mixing = torch.eye(3) + 0.12 * torch.randn(count, 3, 3, generator=self.generator)
-        grey = (torch.rand(count, generator=self.generator) < 0.07).float().view(count, 1, 1)
-        mixing = (1 - grey) * mixing / mixing.sum(-1, keepdim=True) + grey / 3
-        result = torch.einsum("nij,njhw->nihw", mixing, images)
-        contrast = self._uniform(count, 0.7, 1.3).view(count, 1, 1, 1)
-        brightness = self._uniform(count, -0.1, 0.1).view(count, 1, 1, 1)
-        return ((result - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
-
     def __call__(self, indices: list[int]) -> dict:
         others = np.setdiff1d(np.arange(len(self.vendors_of)), indices)
         pictures = [self.plan(index, others) for index in indices]
-        pixel_values = (self.recolour(self.draw(pictures)) - MEAN) / STD
-        captions = [picture.caption for picture in pictures]
-        texts = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        return {**texts, "pixel_values": pixel_values, "return_loss": True}
+        return self._batch(self.recolour(self.draw(pictures)), [picture.caption for picture in pictures])

@@ -84,13 +84,14 @@ def test_captions_say_what_is_there_and_where(items):
 @pytest.fixture
 def collator(items, monkeypatch, tmp_path):
     """A collator of four drawings: a quarter of each is opaque, its middle, in a colour of its own."""
+    import drawing_collator
     import scenes
     from transformers import AutoTokenizer
 
     drawings = np.zeros((4, 64, 64, 4), np.uint8)
     for drawing, colour in zip(drawings, ((255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)), strict=True):
         drawing[16:48, 16:48] = (*colour, 255)
-    monkeypatch.setattr(scenes, "load_drawings", lambda *args: (drawings, np.ones(4, bool)))
+    monkeypatch.setattr(drawing_collator, "load_drawings", lambda *args: (drawings, np.ones(4, bool)))
     monkeypatch.setattr(scenes, "load_keywords", lambda items, cache_dir: [()] * len(items))
     return scenes.SceneCollator(items, ("one",), tmp_path, AutoTokenizer.from_pretrained(MODEL), 0)
 
