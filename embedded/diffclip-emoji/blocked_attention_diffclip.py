@@ -149,6 +149,12 @@ def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, sca
     return _softmax_(scores)
 
 
+def _attend(difference: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return differential maps, (batch · pairs, rows, tokens), times a block's values, as `_block_forward` does."""
+    output = torch.bmm(difference, value.flatten(0, 1))
+    return output.view(*value.shape[:2], *output.shape[1:]).transpose(1, 2)
+
+
 def _block_forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -159,12 +165,7 @@ def _block_forward(
 ) -> torch.Tensor:
     """Return (A1 − weight·A2)·v of a block, (batch, rows, pairs, 2 · head_dim)."""
     maps = _maps(query, key, bias, scaling)
-    difference = maps[0::2].sub_(maps[1::2], alpha=weight)
-    return (
-        torch.bmm(difference, value.flatten(0, 1))
-        .view(*value.shape[:2], difference.shape[1], value.shape[-1])
-        .transpose(1, 2)
-    )
+    return _attend(maps[0::2].sub_(maps[1::2], alpha=weight), value)
 
 
 def blocked_forward(
@@ -233,20 +234,12 @@ def _backward(
     grad_key.zero_(), grad_value.zero_()
     grad_lambda = torch.zeros((), dtype=torch.float64)
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        shape = (batch.stop - batch.start, -1)
-        block_query, block_key = query[batch, heads, rows], key[batch, heads, keys]
-        grads = _block_backward(
-            grad_output[batch, rows, pairs].transpose(1, 2).flatten(0, 1),
-            block_query.flatten(0, 1),
-            block_key.flatten(0, 1),
-            value[batch, pairs, keys].flatten(0, 1),
-            _maps(block_query, block_key, bias, scaling),
-            weight,
-            scaling,
-        )
-        grad_query[batch, heads, rows] = grads[0].unflatten(0, shape)
-        grad_key[batch, heads, keys] += grads[1].unflatten(0, shape)
-        grad_value[batch, pairs, keys] += grads[2].unflatten(0, shape)
+        block = query[batch, heads, rows], key[batch, heads, keys], value[batch, pairs, keys]
+        maps = _maps(*block[:2], bias, scaling)
+        grads = _block_backward(grad_output[batch, rows, pairs], *block, maps, weight, scaling)
+        grad_query[batch, heads, rows] = grads[0]
+        grad_key[batch, heads, keys] += grads[1]
+        grad_value[batch, pairs, keys] += grads[2]
         grad_lambda += grads[3]
     return grad_query, grad_key, grad_value, grad_lambda.to(lambda_value.dtype)
 
@@ -260,10 +253,14 @@ def _block_backward(
     weight: float,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a block's gradients of query, key, value and λ; batch and heads, or pairs, are one dimension everywhere.
+    """Return a block's gradients of query, key, value and λ, from its output's and the maps that `_maps` returned.
 
     With M = A1 − λ·A2 and G the output's gradient: dM = G·vᵀ, dv = Mᵀ·G, dA1 = dM, dA2 = −λ·dM, dλ = −Σ A2·dM.
     """
+    shape = (len(query), -1)
+    # Batch and heads, or pairs, are one dimension, as in the maps.
+    grad = grad.transpose(1, 2).flatten(0, 1)
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     grad_difference = torch.bmm(grad, value.transpose(1, 2))
     second = maps[1::2]
     grad_lambda = -(second * grad_difference).sum(dtype=torch.float64)
@@ -274,7 +271,8 @@ def _block_backward(
     grad_query = torch.bmm(grad_scores, (key.unflatten(0, (-1, 2)) * factors).flatten(0, 1))
     grad_key = torch.bmm(grad_scores.transpose(1, 2), (query.unflatten(0, (-1, 2)) * factors).flatten(0, 1))
     difference = torch.sub(maps[0::2], second, alpha=weight, out=grad_difference)
-    return grad_query, grad_key, torch.bmm(difference.transpose(1, 2), grad), grad_lambda
+    grad_value = torch.bmm(difference.transpose(1, 2), grad)
+    return grad_query.unflatten(0, shape), grad_key.unflatten(0, shape), grad_value.unflatten(0, shape), grad_lambda
 
 
 def _backward_buffers(
@@ -312,11 +310,9 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, bias, lambda_value, scaling):
-        batch_size, num_heads, length, _ = query.shape
         maps = _maps(query, key, bias, scaling)
         difference = torch.sub(maps[0::2], maps[1::2], alpha=lambda_value.item())
-        output = torch.bmm(difference, value.flatten(0, 1)).view(batch_size, num_heads // 2, length, value.shape[-1])
-        return output.transpose(1, 2).contiguous(), maps
+        return _attend(difference, value).contiguous(), maps
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -328,16 +324,9 @@ class _Kept(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, _):
         query, key, value, lambda_value, maps = ctx.saved_tensors
-        *grads, grad_lambda = _block_backward(
-            grad_output.transpose(1, 2).flatten(0, 1),
-            query.flatten(0, 1),
-            key.flatten(0, 1),
-            value.flatten(0, 1),
-            maps,
-            lambda_value.item(),
-            ctx.scaling,
+        grad_query, grad_key, grad_value, grad_lambda = _block_backward(
+            grad_output, query, key, value, maps, lambda_value.item(), ctx.scaling
         )
-        grad_query, grad_key, grad_value = (grad.unflatten(0, (len(query), -1)) for grad in grads)
         return grad_query, grad_key, grad_value, None, grad_lambda.to(lambda_value.dtype), None
 
 
