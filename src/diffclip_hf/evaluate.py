@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +63,15 @@ def _count_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "data sets", "What you don't give comes from the preset, or is found by the usual names."
-    )
+def add_split_and_columns(group: argparse._ActionsContainer, held: Mapping[str, str]) -> None:
+    """Add what is measured of a data set: its split, and for each kind of column what it holds."""
     group.add_argument("--split", metavar="NAME", help="The split to measure. (default: test)")
-    group.add_argument(
-        "--train-split", metavar="NAME", help="The split that probes and few-shot classes learn from. (default: train)"
-    )
-    group.add_argument(
-        "--validation-split",
-        metavar="NAME",
-        help="The split on which a probe's regularisation is chosen. (default: a fifth of the training split)",
-    )
-    for column, held in (
-        ("image", "images"),
-        ("label", "labels"),
-        ("caption", "captions, or MMVP's texts"),
-        ("pattern", "visual patterns, for mmvp"),
-    ):
-        group.add_argument(f"--{column}-column", metavar="NAME", help=f"The column that has the {held}.")
-    group.add_argument(
-        "--caption-separator", metavar="TEXT", help="What lies between captions, where several are one text."
-    )
+    for column, content in held.items():
+        group.add_argument(f"--{column}-column", metavar="NAME", help=f"The column that has the {content}.")
+
+
+def add_label_options(group: argparse._ActionsContainer) -> None:
+    """Add how labels become texts."""
     group.add_argument(
         "--class-names",
         metavar="FILE",
@@ -98,6 +84,49 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=f"Sentences with {{}} for the label, or one of the sets {' and '.join(TEMPLATE_SETS)}.",
     )
+
+
+def add_encoding_options(group: argparse._ActionsContainer) -> None:
+    """Add how many images are read and encoded at once."""
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="How many images are encoded at once. (default: 8 on a CPU, else 64)",
+    )
+    group.add_argument(
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="How many processes read images; 0 or 1 reads them one after the other. (default: one for each core)",
+    )
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "data sets", "What you don't give comes from the preset, or is found by the usual names."
+    )
+    add_split_and_columns(
+        group,
+        {
+            "image": "images",
+            "label": "labels",
+            "caption": "captions, or MMVP's texts",
+            "pattern": "visual patterns, for mmvp",
+        },
+    )
+    group.add_argument(
+        "--train-split", metavar="NAME", help="The split that probes and few-shot classes learn from. (default: train)"
+    )
+    group.add_argument(
+        "--validation-split",
+        metavar="NAME",
+        help="The split on which a probe's regularisation is chosen. (default: a fifth of the training split)",
+    )
+    group.add_argument(
+        "--caption-separator", metavar="TEXT", help="What lies between captions, where several are one text."
+    )
+    add_label_options(group)
     group.add_argument("--metric", choices=METRICS, help="The figure for the table and the mean. (default: accuracy)")
 
 
@@ -132,18 +161,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="The numbers' type in the model. (default: %(default)s)",
     )
     group.add_argument("--attn-implementation", metavar="NAME", help="What computes attention, such as eager or sdpa.")
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="How many images are encoded at once. (default: 8 on a CPU, else 64)",
-    )
-    group.add_argument(
-        "--num-workers",
-        type=int,
-        metavar="N",
-        help="How many processes read images; 0 or 1 reads them one after the other. (default: one for each core)",
-    )
+    add_encoding_options(group)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,12 +18,18 @@ from typing import Any
 
 import torch
 
-from .common.commands import CommandParser, require_extra, run_command
+from .common.commands import CommandParser, add_device_option, require_extra, run_command
 from .common.fitting import config_differences, image_processor_differences, tokenizer_differences
 from .common.loading import check_device, load_config, load_model, load_processor
 from .common.remote_code import add_remote_code
 from .common.whole_files import check_output_folder, written_whole
-from .evaluate import check_options, dataset_specs
+from .evaluate import (
+    add_encoding_options,
+    add_label_options,
+    add_split_and_columns,
+    check_options,
+    dataset_specs,
+)
 from .evaluation.encoder import Encoder
 from .evaluation.tasks import RUN_TASK, TaskOptions
 from .model.modeling_diffclip import DiffCLIPForImageClassification
@@ -36,8 +42,7 @@ SWEEP_DEFAULTS: dict[str, Any] = {
     "alphas": ALPHAS,
     "task": "zero-shot",
     **dict.fromkeys(("split", "image_column", "label_column", "caption_column", "class_names", "templates")),
-    "batch_size": None,
-    "num_workers": 0,
+    **dict.fromkeys(("batch_size", "num_workers")),
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 CURVE, PICTURE = "curve.json", "curve.png"
@@ -242,26 +247,38 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = CommandParser(
         prog="python -m diffclip_hf.interpolate",
+        usage="%(prog)s A B --alpha SHARE --output-dir DIR\n"
+        "       %(prog)s A B --sweep NEW OLD --output-dir DIR [OPTION ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("first", metavar="A", help="a folder or an id on the Hub: alpha 0")
-    parser.add_argument("second", metavar="B", help="likewise: alpha 1")
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="new or empty")
+    parser.add_argument("first", metavar="A", help="A model's folder or its id on the Hub; alpha 0 gives its weights.")
+    parser.add_argument("second", metavar="B", help="The other model; alpha 1 gives its weights.")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="The folder to write, new or empty."
+    )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--alpha", type=float, help="write the model with this share of B, in 0..1")
-    which.add_argument("--sweep", dest="dataset", nargs=2, metavar=("NEW", "OLD"), help="measure on two data sets")
-    group = parser.add_argument_group("with --sweep", "The data sets' options are those of diffclip_hf.evaluate.")
-    group.add_argument("--alphas", type=float, nargs="+", metavar="ALPHA", help="0, 0.1 and so on to 1")
-    group.add_argument("--task", choices=("zero-shot", "retrieval"), help="what is measured (zero-shot)")
-    group.add_argument("--split", help="the part that is measured (test, if no preset says otherwise)")
-    for column in ("image", "label", "caption"):
-        group.add_argument(f"--{column}-column", metavar="NAME")
-    group.add_argument("--class-names", metavar="FILE", type=Path, help="the labels' names in texts, or JSON")
-    group.add_argument("--templates", nargs="+", metavar="TEXT", help="texts with {} for the label, or a set of them")
-    group.add_argument("--batch-size", type=int, help="images at once (8 on a CPU, else 64)")
-    group.add_argument("--num-workers", type=int, help="processes that read images (0)")
-    group.add_argument("--device", help="cuda where there is one, else cpu")
+    which.add_argument("--alpha", type=float, metavar="SHARE", help="Write the model with this share of B, in 0..1.")
+    which.add_argument(
+        "--sweep",
+        dest="dataset",
+        nargs=2,
+        metavar=("NEW", "OLD"),
+        help="Measure each of --alphas on two data sets: presets, folders, Parquet files, or ids on the Hub.",
+    )
+    group = parser.add_argument_group(
+        "with --sweep", "What you don't give comes from the data set's preset, or is found by the usual names."
+    )
+    group.add_argument(
+        "--alphas", type=float, nargs="+", metavar="SHARE", help="The shares of B. (default: 0, 0.1 and so on to 1)"
+    )
+    group.add_argument("--task", choices=("zero-shot", "retrieval"), help="What to measure. (default: zero-shot)")
+    add_split_and_columns(group, {"image": "images", "label": "labels", "caption": "captions"})
+    add_label_options(group)
+    add_encoding_options(group)
+    add_device_option(group)
+    # So that one that is given without --sweep is found.
+    parser.set_defaults(**dict.fromkeys(SWEEP_DEFAULTS))
     return parser
 
 

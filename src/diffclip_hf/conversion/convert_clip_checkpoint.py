@@ -392,15 +392,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER_OR_ID", help="a saved CLIPModel: a folder, or an id on the Hub"
+        "--model", required=True, metavar="FOLDER_OR_ID", help="A saved CLIPModel: a folder, or an id on the Hub."
     )
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="The folder to write, new or empty.")
     parser.add_argument(
-        "--to-clip", action="store_true", help="the way back: --model is a DiffCLIPModel that can be a CLIPModel"
+        "--to-clip", action="store_true", help="Go back: --model is a DiffCLIPModel that can be a CLIPModel."
     )
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
-    parser.add_argument("--token", help="of the Hub (default: that of `hf auth login`, or HF_TOKEN)")
-    parser.add_argument("--no-processor", action="store_true", help="save neither tokenizer nor image processor")
+    parser.add_argument(
+        "--revision", metavar="REV", help="The repository's branch, tag or commit. (default: its main branch)"
+    )
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="A token of the Hub. (default: HF_TOKEN, or that of `hf auth login`)"
+    )
+    parser.add_argument(
+        "--no-processor", action="store_true", help="Save neither the tokenizer nor the image processor."
+    )
     return parser.parse_args(argv)
 
 
