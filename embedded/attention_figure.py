@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from emoji_data import HELD_OUT, load_drawings, load_emoji
-from localization import choose_pairs, compose
+from localization import choose_pairs, compose, inputs_of
 
 from diffclip_hf import DiffCLIPModel, DiffCLIPProcessor
 from diffclip_hf.common.loading import load_model, load_processor
@@ -39,9 +39,9 @@ def main() -> None:
     for folder in args.models:
         model = load_model(folder, DiffCLIPModel, dtype=torch.float32)
         models.append((model, load_processor(folder, model.config, DiffCLIPProcessor)))
+    height = models[0][0].config.vision_config.image_size
     images, queries, values = [], [], []
     for row, pair in enumerate(pairs):
-        height = models[0][0].config.vision_config.image_size
         picture = compose(drawings[pair[0]], drawings[pair[1]], height, height)
         # What is drawn is sharper than what the model sees.
         images.append(np.asarray(compose(drawings[pair[0]], drawings[pair[1]], 4 * height, 4 * height)))
@@ -49,10 +49,7 @@ def main() -> None:
         queries.append(names[row % 2])
         line = []
         for model, processor in models:
-            inputs = processor(
-                text=names, images=picture, do_resize=False, do_center_crop=False, padding=True, return_tensors="pt"
-            )
-            maps = image_occlusion(model, **inputs, interpolate_pos_encoding=True)
+            maps = image_occlusion(model, **inputs_of(processor, names, picture), interpolate_pos_encoding=True)
             line.append(against_others(maps)[0, row % 2])
         values.append(line)
     figure = draw_grid(images, np.array(values), queries, [folder.name for folder in args.models])

@@ -383,11 +383,11 @@ class CaptionWriter:
         order = self.random.permutation(len(indices)).tolist()
         parts = [self.phrase(indices[i], colours[i]) for i in order]
         if len(parts) == 3:
-            # Now and then the writer mentions two of three.
-            text = f"{parts[0]}, {parts[1]} and {parts[2]}" if self._chance(0.8) else f"{parts[0]} and {parts[1]}"
-            if text.endswith(f" and {parts[1]}") and order[2] == 0:
-                text = f"{parts[2]} and {parts[0]}"
-            return self.whole(text, ground)
+            if self._chance(0.8):
+                return self.whole(f"{parts[0]}, {parts[1]} and {parts[2]}", ground)
+            # Now and then the writer mentions two of three, of which the first drawing is always one.
+            first, second = (parts[2], parts[0]) if order[2] == 0 else parts[:2]
+            return self.whole(f"{first} and {second}", ground)
         across, down = (places[order[0]][axis] - places[order[1]][axis] for axis in (0, 1))
         joints: tuple[str, ...] = JOINTS
         if self._chance(0.3):

@@ -293,7 +293,7 @@ settings are those of the embedded model, a DiffCLIP, and were not tuned for any
 ![λ of each layer](lambda.png)
 
 Where CLIP and DiffCLIP of these look for a text is in [localization.json](localization.json), and summed up [in the
-guide](../guides/look.md#how-well-it-points).
+guide](../guides/look.md#clip-beside-diffclip).
 
 ## What this can and can't show
 

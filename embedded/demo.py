@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
 from diffclip_hf.common.whole_files import write_whole
+from diffclip_hf.demo.scores import enlarged_view
 
 # Importing from the package also registers the model with the pipeline.
 from diffclip_hf.model.image_reading_diffclip import to_rgb
-from diffclip_hf.visualization import against_others, image_occlusion, overlay, shown_images
+from diffclip_hf.visualization import against_others, image_occlusion, overlay
 
 
 logger = logging.getLogger("demo")
@@ -129,11 +129,7 @@ def evidence(classifier: Any, picture: Image.Image, labels: list[str], label: st
     pixel_values = classifier.image_processor([picture], return_tensors="pt")["pixel_values"]
     tokens = classifier.tokenizer(labels, padding=True, truncation=True, return_tensors="pt")
     maps = image_occlusion(classifier.model, pixel_values, tokens["input_ids"], tokens["attention_mask"])
-    sharp = [max(1, round(SHARP / side)) * side for side in pixel_values.shape[-2:]]
-    size = {"height": sharp[0], "width": sharp[1]}
-    large = classifier.image_processor([picture], size={"shortest_edge": min(sharp)}, crop_size=size)["pixel_values"]
-    seen = shown_images(torch.from_numpy(np.stack(large)), classifier.image_processor)[0]
-    return seen, against_others(maps)[0, labels.index(label)]
+    return enlarged_view(picture, classifier.image_processor, SHARP), against_others(maps)[0, labels.index(label)]
 
 
 def draw(

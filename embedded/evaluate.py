@@ -112,15 +112,19 @@ def measure_phrases(
 
 
 def measure_two(
-    model: DiffCLIPModel, processor: DiffCLIPProcessor, items: list[Emoji], images: np.ndarray, indices: np.ndarray
+    classifier: ZeroShotClassifier, items: list[Emoji], images: np.ndarray, indices: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """Return for how many pictures of two drawings both names are above others, beside chance."""
+    """Return for how many pictures of two drawings both names are above others, beside chance.
+
+    Args:
+        classifier: With the names of `indices`, as they are.
+        items, images: All of them.
+        indices: Those with a drawing.
+    """
     pairs = choose_pairs(items, indices.tolist(), 0, None)
-    size = model.config.vision_config.image_size
+    size = classifier.model.config.vision_config.image_size
     places = {index: place for place, index in enumerate(indices.tolist())}
-    scores = ZeroShotClassifier(model, processor, [items[i].name for i in indices], "{}").logits(
-        compose(images[left], images[right], size // 2, size) for left, right in pairs
-    )
+    scores = classifier.logits(compose(images[left], images[right], size // 2, size) for left, right in pairs)
     own = torch.tensor([[places[left], places[right]] for left, right in pairs])
     value = both_above(scores, own, seed=0)
     return {f"two drawings, both names above {OTHERS} others": (value, 1 / math.comb(OTHERS + 2, 2))}
@@ -137,7 +141,7 @@ def measure(
     classifier = ZeroShotClassifier(model, processor, [items[i].name for i in indices], "{}")
     figures = figures_of(classifier.logits(Image.fromarray(images[i]) for i in indices))
     figures |= measure_phrases(model, processor, items, images)
-    figures |= measure_two(model, processor, items, images, indices)
+    figures |= measure_two(classifier, items, images, indices)
     return {
         name: {"measured": round(value, 4), "chance": round(chance, 4)} for name, (value, chance) in figures.items()
     }

@@ -83,7 +83,8 @@ class Style:
 def fine_tune(style: Style, args: argparse.Namespace, changes: dict[str, Any], is_taught: bool) -> DiffCLIPModel:
     """Return the model, trained further on half of a style."""
     set_seed(args.seed)
-    model, teacher = (load_model(args.model, DiffCLIPModel, dtype=torch.float32) for _ in range(2))
+    model = load_model(args.model, DiffCLIPModel, dtype=torch.float32)
+    teacher = load_model(args.model, DiffCLIPModel, dtype=torch.float32) if is_taught else None
     processor = load_processor(args.model, model.config, DiffCLIPProcessor)
     with tempfile.TemporaryDirectory() as folder:
         settings = DiffCLIPTrainingArguments(
@@ -107,7 +108,7 @@ def fine_tune(style: Style, args: argparse.Namespace, changes: dict[str, Any], i
             settings,
             train_dataset=style.rows(),
             data_collator=ImageTextCollator(processor, train=True, crop_scale=(0.7, 1), seed=args.seed),
-            teacher=teacher if is_taught else None,
+            teacher=teacher,
         ).train()
     return model
 

@@ -112,6 +112,13 @@ def compose(left: np.ndarray, right: np.ndarray, size: int, height: int) -> Imag
     return canvas.convert("RGB")
 
 
+def inputs_of(processor: DiffCLIPProcessor, names: list[str], picture: Image.Image) -> dict[str, Any]:
+    """Return a model's inputs of a picture as it is, of any size, and of names."""
+    return processor(
+        text=names, images=picture, do_resize=False, do_center_crop=False, padding=True, return_tensors="pt"
+    )
+
+
 def shares(maps: np.ndarray) -> np.ndarray:
     """Return how much of each map is on the half of its own text's object.
 
@@ -241,11 +248,8 @@ class Measurement:
 
     def _maps(self, picture: Image.Image, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Return each method's maps of a picture for two emoji's names, (2, rows, columns)."""
-        tokens = self.processor.tokenizer([self.names[index] for index in indices], padding=True, return_tensors="pt")
-        pixel_values = self.processor.image_processor(
-            images=[picture], do_resize=False, do_center_crop=False, return_tensors="pt"
-        )["pixel_values"]
-        found = self.maps_of(self.model, {**tokens, "pixel_values": pixel_values})
+        names = [self.names[index] for index in indices]
+        found = self.maps_of(self.model, inputs_of(self.processor, names, picture))
         return {name: maps[0] for name, maps in found.items()}
 
     def __call__(self, number: int) -> dict[tuple[str, str], dict[str, float]]:
@@ -312,7 +316,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     columns = [(layout, name) for layout in found for name in (SINGLE_MEASURES if layout == SINGLE else MEASURES)]
     titles = [f"{layout}: {MEASURES.get(name) or SINGLE_MEASURES[name]}" for layout, name in columns]
     lines = [f"| map | {' | '.join(titles)} |", "|---|" + "---|" * len(columns)]
-    for method in [*(method for method in next(iter(found.values()))), "chance"]:
+    for method in [*next(iter(found.values())), "chance"]:
         cells = []
         for layout, name in columns:
             one = found[layout].get(method, {}).get(name) or dict.fromkeys(("mean", "low", "high"), CHANCE)
@@ -356,17 +360,16 @@ Which kind of map falls on the thing that is asked for, of the embedded model, o
 saw ({vendor}). Everything on this page is made by
 
 ```bash
-python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization
-python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization --settings --pairs 60
+python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization{pairs}
 ```
 
 **Two drawings** stand side by side on white, in 48 × 48 pixels (small) or 96 × 48 (wide), and both names are asked of
-each of {pictures} pictures. The share of a map's positive values on the asked drawing's half is measured. Chance is
-50 %, for a map that doesn't depend on the text has exactly that.
+each of {pictures} pictures. We measure which share of a map's positive values lies on the asked drawing's half. Chance
+is 50 %: a map that doesn't depend on the text has exactly that.
 
-**One drawing** stands at a random place on a plain ground of a random colour, with a side of {least:.0%} to
-{most:.0%} of the picture's. It lies on a patch where it covers at least a quarter of it, by its own transparency. Does
-the map's largest value lie on it, and how well do the values rank the patches (average precision)?
+**One drawing** stands at a random place on a plain ground of a random colour, with a side of {least:.0f} to
+{most:.0f} % of the picture's. It lies on a patch where it covers at least a quarter of it, by its own transparency.
+Does the map's largest value lie on it, and how well do the values rank the patches (average precision)?
 
 ![The figures of the table as bars: {alt}](figures.png)
 
@@ -380,10 +383,19 @@ other name is of something that isn't there. Here it costs a little, and with tw
 SETTINGS = """
 ## How the defaults were chosen
 
-On drawings that the model was trained on ({vendor}), {pictures} pictures:
+On drawings that the model was trained on ({vendor}), {pictures} pictures, by
+
+```bash
+python embedded/localization.py --cache-dir .cache/embedded --output-dir docs/localization --settings{pairs}
+```
 
 {table}
 """
+
+
+def _pairs_option(report: Mapping[str, Any]) -> str:
+    """Return the option with which a report of fewer pictures than there are was made, else nothing."""
+    return "" if report.get("pairs") is None else f" --pairs {report['pairs']}"
 
 
 def write_page(folder: Path) -> None:
@@ -396,13 +408,16 @@ def write_page(folder: Path) -> None:
     if path.is_file():
         chosen = json.loads(path.read_text(encoding="utf-8"))
         found = table(next(iter(chosen["models"].values())))
-        settings = SETTINGS.format(vendor=chosen["vendor"], pictures=chosen["pictures"], table=found)
+        settings = SETTINGS.format(
+            vendor=chosen["vendor"], pictures=chosen["pictures"], pairs=_pairs_option(chosen), table=found
+        )
     shares_of = [f"{name} {100 * best['small'][name]['share']['mean']:.0f} %" for name in best["small"]]
     page = PAGE.format(
         vendor=report["vendor"],
         pictures=report["pictures"],
-        least=SIDES[0],
-        most=SIDES[1],
+        pairs=_pairs_option(report),
+        least=100 * SIDES[0],
+        most=100 * SIDES[1],
         alt=f"share on the asked one of two drawings, small pictures: {'; '.join(shares_of)}",
         table="\n\n".join(
             f"{name}:\n\n{table(found)}" if len(report["models"]) > 1 else table(found)
@@ -426,7 +441,12 @@ def main() -> None:
     args = parser.parse_args()
     if len({folder.name for folder in args.models}) < len(args.models):
         parser.error(f"--models has {[folder.name for folder in args.models]}; the names must differ")
-    report: dict[str, Any] = {"seed": args.seed, "chance": CHANCE, "measures": {**MEASURES, **SINGLE_MEASURES}}
+    report: dict[str, Any] = {
+        "seed": args.seed,
+        "pairs": args.pairs,
+        "chance": CHANCE,
+        "measures": {**MEASURES, **SINGLE_MEASURES},
+    }
     report["models"] = {}
     for folder in args.models:
         given = (folder, args.cache_dir, args.settings, args.seed, args.pairs)

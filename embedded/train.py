@@ -42,8 +42,8 @@ def take_weights(model: DiffCLIPModel, tokenizer: PreTrainedTokenizerBase, folde
     other_tokenizer = load_processor(folder, other.config, DiffCLIPProcessor).tokenizer
     theirs, ours = other.state_dict(), model.state_dict()
     taken = {name: theirs[name] for name in ours if name in theirs and theirs[name].shape == ours[name].shape}
-    table = other.text_model.embeddings.token_embedding.weight
     name = "text_model.embeddings.token_embedding.weight"
+    table = theirs[name]
     known = other_tokenizer.get_vocab()
     rows = ours[name].clone()
     for token, index in tokenizer.get_vocab().items():

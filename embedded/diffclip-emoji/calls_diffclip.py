@@ -80,7 +80,7 @@ def attention_mask_of(
         hidden_states,
         attention_mask,
         None,
-        # Whether a mask can be left out is read off it, which meta tensors don't allow and for which a GPU is waited.
+        # Whether a mask can be left out is read off it: meta tensors don't allow that, and one would wait for a GPU.
         allow_is_causal_skip=hidden_states.device.type == "cpu",
     )
 
@@ -102,8 +102,8 @@ def end_of_text(
 ) -> torch.Tensor:
     """Return the index of each text's first end-of-text token, (batch, 1), or raise where there is none.
 
-    In a graph and on a CUDA device, which nothing here waits for, that is asserted where it is computed; what ids are
-    in the vocabulary the embedding asserts there.
+    In a graph and on a CUDA device, which nothing here waits for, this is asserted on the device; there the embedding
+    asserts that the ids are in the vocabulary.
 
     Args:
         input_ids: Token ids, (batch, tokens).

@@ -67,30 +67,17 @@ def test_every_cut_is_the_formula(entries, mask, threads, monkeypatch):
     batch, length, heads = 5, 19, 4
     monkeypatch.setattr(blocked_attention_diffclip, "BLOCK_ENTRIES_PER_THREAD", entries // threads)
     monkeypatch.setattr(blocked_attention_diffclip, "LEAST_ROWS", 1)
-    tensors = draw(batch, length, heads, 8)
-    attention_mask = bool_mask(mask, batch, length)
-    lowest = torch.finfo(torch.float64).min
-    bias = torch.zeros(1, dtype=torch.float64)
-    if mask == "causal":
-        bias = causal_mask(length).double()
-    elif attention_mask is not None:
-        bias = torch.zeros(attention_mask.shape, dtype=torch.float64).masked_fill(~attention_mask, lowest)
-
-    def blocked(query, key, value, lambda_value):
-        return blocked_differential_attention(
-            query, key, value, attention_mask, lambda_value, SCALING, mask == "causal"
-        )
-
-    found = with_gradients(blocked, tensors)
-    expected = with_gradients(lambda *inputs: formula(*inputs, bias), tensors)
-    for name, value in expected.items():
-        assert relative_error(found[name], value) <= 1e-12, name
+    assert_is_the_formula(blocked_differential_attention, mask, batch, length, heads)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "left padding"])
 def test_kept_maps_are_the_formula(mask):
-    batch, length = 5, 19
-    tensors = draw(batch, length, 4, 8)
+    assert_is_the_formula(kept_differential_attention, mask, 5, 19, 4)
+
+
+def assert_is_the_formula(attention, mask: str, batch: int, length: int, heads: int) -> None:
+    """With an attention function of the blocked one's signature, the output and the gradients are the formula's."""
+    tensors = draw(batch, length, heads, 8)
     attention_mask = bool_mask(mask, batch, length)
     bias = torch.zeros(1, dtype=torch.float64)
     if mask == "causal":
@@ -98,9 +85,7 @@ def test_kept_maps_are_the_formula(mask):
     elif attention_mask is not None:
         bias = torch.zeros(attention_mask.shape).double().masked_fill(~attention_mask, torch.finfo(torch.float64).min)
     found = with_gradients(
-        lambda query, key, value, lam: kept_differential_attention(
-            query, key, value, attention_mask, lam, SCALING, mask == "causal"
-        ),
+        lambda query, key, value, lam: attention(query, key, value, attention_mask, lam, SCALING, mask == "causal"),
         tensors,
     )
     for name, value in with_gradients(lambda *inputs: formula(*inputs, bias), tensors).items():

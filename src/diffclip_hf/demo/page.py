@@ -114,7 +114,7 @@ const draw = () => {
     if (found.length > props.most)
         add(box, "p", `The ${props.most} best of ${found.length} labels; the others share ${percent(rest)}.`);
     else if (!found.length)
-        add(box, "p", "The scores of your labels will stand here.");
+        add(box, "p", "The scores of your labels will appear here.");
 };
 draw();
 watch("value", draw);
@@ -136,12 +136,13 @@ Give the model a picture and some labels. It says which label fits best, and sho
 each. DiffCLIP is CLIP with differential attention ([paper](https://arxiv.org/abs/2503.06626)).
 """
 LEGEND = """\
-A score is a label's share among the labels that you gave, so one of them always looks good, even if none fits. Click a
-bar, or choose a label, to see what speaks for it: the darker, the more. **What the score depends on** hides one part
-of the picture after another and shows where that costs the score. **What each place has of the label** compares each
-part's own values with it. Both take half of what speaks for your other labels away. **Where attention goes** is
-[relevance](https://arxiv.org/abs/2103.15679), which often lies beside the thing. Each label's colours have a scale of
-their own. The model sees only the middle square of the picture, and so does this one.
+A score is a label's share among the labels that you gave, so one of them always looks good, even if none fits. Click
+a bar, or choose a label, to see what speaks for it: the darker, the more. **What the score depends on** hides one
+part of the picture after another and shows where that costs the score. **How much each place is like the label**
+compares each part's own values with it. In both, half of what speaks for your other labels is taken away. **Where
+attention goes** is [relevance](https://arxiv.org/abs/2103.15679), which often falls beside the thing itself. Each
+label's colours have a scale of their own. The model sees only the middle square of the picture, so the map shows only
+that.
 """
 
 
@@ -271,7 +272,7 @@ def _question_fields(models: Mapping[str, str], examples: Sequence[Path]) -> dic
     if examples:
         # Not Gradio's own `Examples`, whose clicks pass the queue by.
         offered = gr.Dataset(
-            label="Examples: choose one, and it is classified",
+            label="Examples: choose one to classify it",
             components=[picture],
             samples=[[str(path)] for path in examples],
             type="index",
@@ -384,7 +385,7 @@ def build_page(
             with gr.Column():
                 asked_by = _question_fields(models, examples)
             with gr.Column():
-                # What is slow for one model is slow to begin with.
+                # If occlusion is slow for any of the models, begin with the faster map.
                 kinds = {default_map(source, device) for source in models.values()}
                 shown_by = _answer_fields("values" if "values" in kinds else "occlusion")
         _connect(PageEvents(models, store, device, examples), asked_by, shown_by)

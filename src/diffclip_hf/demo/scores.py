@@ -33,8 +33,15 @@ MAX_LABEL_CHARACTERS, MAX_TEMPLATE_CHARACTERS = 10_000, 200
 # Map → what the page calls it.
 MAPS = {
     "occlusion": "What the score depends on",
-    "values": "What each place has of the label",
+    "values": "How much each place is like the label",
     "relevance": "Where attention goes",
+}
+# Those of all labels at once, each against the others; of the rest, a label's map is its own.
+TOGETHER = ("occlusion", "values")
+FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
+    "occlusion": image_occlusion,
+    "values": value_similarity,
+    "relevance": image_relevance,
 }
 # With more parameters than this, a CPU takes long for what runs 100 times.
 MANY_PARAMETERS = 30_000_000
@@ -53,7 +60,7 @@ class Classified:
         pixel_values: What the model saw, (1, 3, height, width).
         picture: The same part of the picture, larger, uint8, (height, width, 3).
         cut: The labels whose texts were longer than the model takes, and were cut.
-        maps: What `draw_overlay` has computed of it, by map: (labels, rows, columns).
+        maps: What `draw_overlay` has computed of it, by map and label: (rows, columns).
     """
 
     model: str
@@ -62,7 +69,7 @@ class Classified:
     pixel_values: torch.Tensor
     picture: np.ndarray
     cut: tuple[str, ...]
-    maps: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    maps: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
 
 @functools.cache
@@ -126,17 +133,17 @@ def check_template(template: str | None) -> str:
     check_text(template, "template", MAX_TEMPLATE_CHARACTERS)
     if "{}" not in template or re.search("[{}]", template.replace("{}", "")):
         raise ValueError(
-            f"The template is {template!r:.200}; it must have {{}} where the label belongs, and no braces else."
+            f"The template is {template!r:.200}; it must have {{}} where the label belongs, and no other braces."
         )
     return template
 
 
-def enlarged_view(image: Image.Image, image_processor: Any) -> np.ndarray:
-    """Return the part of an image that the model sees, larger by a whole number, uint8, (height, width, 3)."""
+def enlarged_view(image: Image.Image, image_processor: Any, width: int = OVERLAY_WIDTH) -> np.ndarray:
+    """Return the part of an image that the model sees, about `width` pixels wide, uint8, (height, width, 3)."""
     sizes = {"size": dict(image_processor.size)}
     if getattr(image_processor, "do_center_crop", False):
         sizes["crop_size"] = dict(image_processor.crop_size)
-    factor = max(1, round(OVERLAY_WIDTH / min(min(size.values()) for size in sizes.values())))
+    factor = max(1, round(width / min(min(size.values()) for size in sizes.values())))
     scaled = {name: {side: factor * length for side, length in size.items()} for name, size in sizes.items()}
     return shown_images(image_processor([image], return_tensors="pt", **scaled)["pixel_values"], image_processor)[0]
 
@@ -176,7 +183,7 @@ def classify(
 def default_map(name: str, device: str | torch.device = "cpu") -> str:
     """Return the map of a model that answers best in good time: occlusion, but for a large model on a CPU."""
     model, _ = load_pair(name, device)
-    large = sum(parameter.numel() for parameter in model.parameters()) > MANY_PARAMETERS
+    large = model.num_parameters() > MANY_PARAMETERS
     return "values" if large and torch.device(device).type == "cpu" else "occlusion"
 
 
@@ -189,23 +196,17 @@ def draw_overlay(
         classified: What `classify` gave.
         label: One of its labels.
         device: Where the model runs.
-        kind: One of `MAPS`; "occlusion" and "values" are against the other labels, if there are any, and are computed
-            for all labels at once.
+        kind: One of `MAPS`; those of `TOGETHER` are against the other labels, if there are any.
     """
     model, processor = load_pair(classified.model, device)
-    labels = list(classified.scores)
-    asked = [label] if kind == "relevance" else labels
-    if kind == "relevance" or kind not in classified.maps:
+    if (kind, label) not in classified.maps:
+        asked = list(classified.scores) if kind in TOGETHER else [label]
         texts = [classified.template.format(one) for one in asked]
         tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        functions: dict[str, Callable[..., np.ndarray]] = {
-            "occlusion": image_occlusion,
-            "values": value_similarity,
-            "relevance": image_relevance,
-        }
-        maps = functions[kind](model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
-        classified.maps[kind] = (against_others(maps) if len(asked) > 1 else maps)[0]
-    return overlay(classified.picture, classified.maps[kind][asked.index(label)])
+        maps = FUNCTIONS[kind](model, classified.pixel_values, tokens["input_ids"], tokens["attention_mask"])
+        maps = against_others(maps) if len(asked) > 1 else maps
+        classified.maps.update({(kind, one): maps[0, row] for row, one in enumerate(asked)})
+    return overlay(classified.picture, classified.maps[kind, label])
 
 
 __all__ = [
@@ -215,6 +216,7 @@ __all__ = [
     "classify",
     "default_map",
     "draw_overlay",
+    "enlarged_view",
     "load_pair",
     "parse_labels",
     "read_picture",

@@ -291,7 +291,7 @@ class DiffCLIPImageProcessor(SLIPEvaluationTransform, TorchvisionBackend):
             check_size(image.shape[2], image.shape[1])
             return image
         if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+            image = tv_functional.pil_to_tensor(as_rgb(image))
         else:
             image = array_to_rgb(image, do_rescale, input_data_format)
         return image if device is None else image.to(device)
@@ -340,20 +340,19 @@ class DiffCLIPImageProcessorPil(SLIPEvaluationTransform, PilBackend):
 
     def resize(self, image, size, resample=None, reducing_gap=None, **kwargs):
         """Resize a Pillow image or (channels, height, width) to an array; floats too, without rounding."""
-        pillow = isinstance(image, Image.Image)
-        sides = _target_size(image.size[::-1] if pillow else image.shape[1:], size)
-        if pillow and sides and isinstance(resample, (int, type(None))):
-            resample = PILImageResampling.BILINEAR if resample is None else resample
-            return np.moveaxis(np.array(image.resize(sides[::-1], resample, reducing_gap=reducing_gap)), -1, 0)
-        if pillow:
+        resample = PILImageResampling.BILINEAR if resample is None else resample
+        if isinstance(image, Image.Image):
+            sides = _target_size(image.size[::-1], size)
+            if sides and isinstance(resample, int):
+                return np.moveaxis(np.array(image.resize(sides[::-1], resample, reducing_gap=reducing_gap)), -1, 0)
             image = np.moveaxis(np.array(image), -1, 0)
         if not np.issubdtype(image.dtype, np.floating):
             return super().resize(image, size, resample=resample, reducing_gap=reducing_gap, **kwargs)
         # Transformers' own would round floats to 8 bits.
+        sides = _target_size(image.shape[1:], size)
         if sides is None:
             raise ValueError(f"size is {size}; for float images it must have shortest_edge, or height and width.")
         height, width = sides
-        resample = PILImageResampling.BILINEAR if resample is None else resample
         return np.stack([np.asarray(Image.fromarray(plane).resize((width, height), resample)) for plane in image])
 
     def center_crop(self, image, size, **kwargs):  # type: ignore[override]

@@ -52,11 +52,11 @@ def value_similarity(
     with torch.inference_mode():
         inputs = image_inputs(model, pixel_values, interpolate_pos_encoding)
         texts = encode(model, "text", text_inputs(model, input_ids, attention_mask), maps=False)[0]
-        layers = [module for module in model.vision_model.modules() if hasattr(module, "self_attn")]
-        layers = layers[layer_index(first_layer, "first_layer", len(layers)) :]
-        with _kept_values(layers) as values:
+        attentions = [module for module in model.vision_model.modules() if hasattr(module, "v_proj")]
+        attentions = attentions[layer_index(first_layer, "first_layer", len(attentions)) :]
+        with _kept_values(attentions) as values:
             encode(model, "image", inputs, maps=False)
-        total = sum(_alone(layer.self_attn, value) for layer, value in zip(layers, values, strict=True))
+        total = sum(_alone(attention, value) for attention, value in zip(attentions, values, strict=True))
         embeds = normalize(model.visual_projection(model.vision_model.post_layernorm(total)).float(), dim=-1)
         cosines = embeds[:, 1:] @ texts.t()
         maps = (cosines - cosines.mean(1, keepdim=True)).transpose(1, 2)
@@ -64,10 +64,10 @@ def value_similarity(
 
 
 @contextmanager
-def _kept_values(layers: list[Any]) -> Iterator[list[torch.Tensor]]:
-    """Keep what the layers' value projections give, (batch, tokens, hidden_size) each, in a forward in the context."""
+def _kept_values(attentions: list[Any]) -> Iterator[list[torch.Tensor]]:
+    """Keep what attentions' value projections give, (batch, tokens, hidden_size) each, in a forward in the context."""
     values: list[torch.Tensor] = []
-    hooks = [layer.self_attn.v_proj.register_forward_hook(lambda *call: values.append(call[-1])) for layer in layers]
+    hooks = [one.v_proj.register_forward_hook(lambda *call: values.append(call[-1])) for one in attentions]
     try:
         yield values
     finally:
