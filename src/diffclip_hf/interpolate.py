@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .common.commands import CommandParser, add_device_option, require_extra, run_command
-from .common.fitting import config_differences, image_processor_differences, tokenizer_differences
+from .common.commands import CommandParser, add_device_option, default_device, require_extra, run_command
+from .common.fitting import config_differences, processor_differences
 from .common.loading import check_device, load_config, load_model, load_processor
 from .common.remote_code import add_remote_code
 from .common.whole_files import check_output_folder, written_whole
@@ -37,14 +37,8 @@ from .model.modeling_diffclip import DiffCLIPForImageClassification
 
 logger = logging.getLogger(__name__)
 ALPHAS = tuple(step / 10 for step in range(11))
-# What --sweep's options are where they aren't given.
-SWEEP_DEFAULTS: dict[str, Any] = {
-    "alphas": ALPHAS,
-    "task": "zero-shot",
-    **dict.fromkeys(("split", "image_column", "label_column", "caption_column", "class_names", "templates")),
-    **dict.fromkeys(("batch_size", "num_workers")),
-    "device": "cuda" if torch.cuda.is_available() else "cpu",
-}
+# The options that go with --alpha; all others are of --sweep.
+MIXING = ("first", "second", "output_dir", "alpha")
 CURVE, PICTURE = "curve.json", "curve.png"
 Weights = Mapping[str, torch.Tensor]
 
@@ -119,8 +113,7 @@ def load_pair(first: str, second: str) -> tuple[Any, Any, Any]:
     differences = [
         *([] if type(model) is type(other) else [f"the class is {type(model).__name__} and {type(other).__name__}"]),
         *config_differences(model.config, other.config),
-        *tokenizer_differences(processor.tokenizer, other_processor.tokenizer),
-        *image_processor_differences(processor.image_processor, other_processor.image_processor),
+        *processor_differences(processor, other_processor),
     ]
     if differences:
         raise ValueError(
@@ -278,7 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_encoding_options(group)
     add_device_option(group)
     # So that one that is given without --sweep is found.
-    parser.set_defaults(**dict.fromkeys(SWEEP_DEFAULTS))
+    parser.set_defaults(device=None)
     return parser
 
 
@@ -290,13 +283,12 @@ def run(args: argparse.Namespace) -> None:
         OSError: Something can't be read or written.
     """
     if args.alpha is not None:
-        if idle := [name for name in SWEEP_DEFAULTS if getattr(args, name) is not None]:
+        if idle := [name for name, value in vars(args).items() if value is not None and name not in MIXING]:
             raise ValueError(f"--{idle[0].replace('_', '-')} can't be used with --alpha, which measures nothing.")
         write_interpolated(args.first, args.second, args.alpha, args.output_dir)
         return
-    for name, default in SWEEP_DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    args.alphas, args.task = args.alphas or ALPHAS, args.task or "zero-shot"
+    args.device = args.device or default_device()
     write_sweep(args)
 
 

@@ -55,12 +55,17 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')}{hint} See --help.\n")
 
 
+def default_device() -> str:
+    """Return where a model runs where `--device` isn't given: a GPU where PyTorch finds one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def add_device_option(parser: argparse._ActionsContainer) -> None:
     """Add `--device` to a command, a GPU by default where PyTorch finds one."""
     parser.add_argument(
         "--device",
         metavar="NAME",
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=default_device(),
         help="Where the model runs, such as cpu or cuda:1. (default: cuda where there is a GPU, else cpu)",
     )
 
@@ -133,6 +138,7 @@ __all__ = [
     "CommandParser",
     "add_device_option",
     "closest",
+    "default_device",
     "first_line",
     "missing_extra",
     "require_extra",

@@ -11,7 +11,7 @@ _INDIFFERENT = {
     *("attention_dropout", "dropout", "initializer_factor", "initializer_range", "logit_scale_init_value"),
 }
 # Of an image processor, what makes the pixels.
-_PIXELS = (
+PIXELS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std"),
 )
@@ -61,10 +61,18 @@ def image_processor_differences(first: Any, second: Any) -> list[str]:
     """Return where two image processors differ in the pixels that they make."""
     # One that's made anew has lists where one that's loaded has tuples.
     own, theirs = (
-        json.loads(json.dumps({name: getattr(one, name, None) for name in _PIXELS}, default=dict))
+        json.loads(json.dumps({name: getattr(one, name, None) for name in PIXELS}, default=dict))
         for one in (first, second)
     )
     return _differences(own, theirs)
 
 
-__all__ = ["config_differences", "image_processor_differences", "tokenizer_differences"]
+def processor_differences(first: Any, second: Any) -> list[str]:
+    """Return where two processors differ in the inputs that they make."""
+    return [
+        *tokenizer_differences(first.tokenizer, second.tokenizer),
+        *image_processor_differences(first.image_processor, second.image_processor),
+    ]
+
+
+__all__ = ["PIXELS", "config_differences", "processor_differences"]

@@ -36,6 +36,7 @@ from transformers import (
 from diffclip_hf import DiffCLIPConfig, DiffCLIPModel, DiffCLIPProcessor, DiffCLIPTokenizer, add_remote_code
 
 from ..common.commands import CommandParser, run_command, started_as
+from ..common.fitting import PIXELS
 from ..common.loading import (
     OLD_END,
     check_image_processor,
@@ -70,10 +71,7 @@ WHOLE_FIELDS = ("projection_dim", "logit_scale_init_value", "initializer_factor"
 CLIP_TOWER = {"attention_type": "standard", "pre_layernorm": True, "patch_bias": False}
 # DiffCLIP's name of a module → Transformers'.
 RENAMED = {"pre_layernorm": "pre_layrnorm"}
-IMAGE_SETTINGS = (
-    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
-    *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
-)
+IMAGE_SETTINGS = (*PIXELS, "do_convert_rgb")
 # What a text may hold: spaces, capitals, accents, emoji, the special tokens by name, nothing.
 PROBES = [*TEXTS, "  Two  spaces\nand a line ", "Crème brûlée, 2×", "a 🍕!!", "<|endoftext|> it's", ""]
 

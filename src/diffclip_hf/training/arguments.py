@@ -59,12 +59,12 @@ class DiffCLIPTrainingArguments(TrainingArguments):
         },
     )
     distill_weight: float = field(
-        default=1.0, metadata={"help": "What the teacher's softmaxes count for beside the contrastive loss."}
+        default=1.0, metadata={"help": "The weight of the teacher's softmaxes beside the contrastive loss."}
     )
     distill_feature_weight: float | None = field(
         default=None,
         metadata={
-            "help": "What the cosine to the teacher's embeddings counts for; by default 1, or 0 where these have "
+            "help": "The weight of the cosine to the teacher's embeddings; by default 1, or 0 where these have "
             "another width."
         },
     )

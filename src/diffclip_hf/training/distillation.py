@@ -170,23 +170,11 @@ class Teacher:
     def loss_of(self, inputs: dict[str, Any]) -> Loss:
         """Return the loss of a batch as a function of the model's embeddings of it and its logit scale."""
         text_embeds, image_embeds = self.embed(inputs)
-        return partial(self._loss, text_embeds, image_embeds)
-
-    def _loss(
-        self,
-        teacher_text_embeds: torch.Tensor,
-        teacher_image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        image_embeds: torch.Tensor,
-        logit_scale: torch.Tensor,
-    ) -> torch.Tensor:
-        return distillation_loss(
-            text_embeds,
-            image_embeds,
-            logit_scale,
-            teacher_text_embeds,
-            teacher_image_embeds,
-            self.model.logit_scale,
+        return partial(
+            distillation_loss,
+            teacher_text_embeds=text_embeds,
+            teacher_image_embeds=image_embeds,
+            teacher_logit_scale=self.model.logit_scale,
             weight=self.weight,
             feature_weight=self.feature_weight,
         )

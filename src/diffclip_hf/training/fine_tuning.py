@@ -13,9 +13,8 @@ from .weights import contrastive_model
 
 logger = logging.getLogger(__name__)
 TOWERS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
-_LAYER = re.compile(r"(?:text|vision)_model\.encoder\.layers\.(\d+)")
-# The embeddings, and a norm between them and the first layer.
-_BELOW = re.compile(r"(?:text|vision)_model\.(?:embeddings|pre_)")
+# A tower's layer by its number, or what comes before the first: the embeddings, and a norm between them and it.
+_PLACE = re.compile(r"(.*?(?:text|vision)_model\.)(?:encoder\.layers\.(\d+)|embeddings|pre_)")
 
 
 def _parts(model: nn.Module, tower: str) -> list[nn.Module]:
@@ -55,28 +54,20 @@ def parameter_levels(names: Iterable[str]) -> dict[str, int]:
     Args:
         names: Of all the model's parameters.
     """
-    names = list(names)
+    places = {name: _PLACE.match(name) for name in names}
     layers: dict[str, int] = defaultdict(int)
-    for name in names:
-        if match := _LAYER.search(name):
-            tower = name[: match.start(1)]
-            layers[tower] = max(layers[tower], int(match[1]) + 1)
-    levels = {}
-    for name in names:
-        if match := _LAYER.search(name):
-            levels[name] = layers[name[: match.start(1)]] - int(match[1])
-        elif match := _BELOW.search(name):
-            tower = name[: match.start()] + match[0].split(".")[0] + ".encoder.layers."
-            levels[name] = layers[tower] + 1
-        else:
-            levels[name] = 0
-    return levels
+    for place in places.values():
+        if place and place[2]:
+            layers[place[1]] = max(layers[place[1]], int(place[2]) + 1)
+    # What comes before layer 0 counts as layer -1.
+    return {name: layers[place[1]] - int(place[2] or -1) if place else 0 for name, place in places.items()}
 
 
 def _part_of(name: str) -> str:
     """`vision_model.encoder.layers.3.mlp.fc1.bias` → `vision_model.encoder.layers.3`: what a table calls it."""
-    if match := _LAYER.search(name):
-        return name[: match.end()]
+    place = _PLACE.match(name)
+    if place and place[2]:
+        return name[: place.end()]
     return ".".join(name.split(".")[: 2 if "_model." in name else 1])
 
 

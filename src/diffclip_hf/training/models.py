@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..common.fitting import image_processor_differences, tokenizer_differences
 from ..common.loading import check_tokenizer, load_config, load_model, load_processor, load_tokenizer
 from ..model.configuration_diffclip import DiffCLIPConfig
 from ..model.image_processing_diffclip import DiffCLIPImageProcessorPil
@@ -116,12 +115,4 @@ def build_teacher(name: str) -> tuple[Any, Any]:
     return teacher, load_processor(name, teacher.config)
 
 
-def processor_differences(first: Any, second: Any) -> list[str]:
-    """Return where two processors differ in the inputs that they make."""
-    return [
-        *tokenizer_differences(first.tokenizer, second.tokenizer),
-        *image_processor_differences(first.image_processor, second.image_processor),
-    ]
-
-
-__all__ = ["build_model", "build_processor", "build_teacher", "classifier_labels", "processor_differences"]
+__all__ = ["build_model", "build_processor", "build_teacher", "classifier_labels"]

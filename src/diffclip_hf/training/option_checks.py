@@ -16,6 +16,7 @@ from ..data.shard_files import names_shards
 from ..model.image_fetching_diffclip import one_line
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments
+from .metrics import RECALL_KS
 from .model_configs import build_config
 from .options import CLASSIFICATION, CONTRASTIVE, DataArguments, ModelArguments, zero_shot_templates
 
@@ -197,7 +198,7 @@ def _check_best_metric(model_args: ModelArguments, data_args: DataArguments, arg
         known |= {"accuracy"} if data_args.eval_data is not None else set()
     else:
         ways = ("image_to_text", "text_to_image") if data_args.eval_data is not None else ()
-        known |= {f"{way}_recall@{k}" for way in ways for k in (1, 5, 10)}
+        known |= {f"{way}_recall@{k}" for way in ways for k in RECALL_KS}
         known |= {"zero_shot_accuracy"} if data_args.zero_shot_data is not None else set()
     name = args.metric_for_best_model.removeprefix("eval_")
     if name not in known:

@@ -59,7 +59,7 @@ class ModelArguments:
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Keep near to a frozen model, DiffCLIP or another CLIP of Transformers (distillation): a "
+            "help": "Stay close to a frozen model, DiffCLIP or another CLIP of Transformers (distillation): a "
             "folder or an id on the Hub. It may be the one that is fine-tuned.",
             "metavar": "MODEL",
         },

@@ -13,7 +13,7 @@ from accelerate.utils import gather, gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..common.commands import one_line
+from ..model.image_fetching_diffclip import one_line
 from .data_pass import DataPass
 
 

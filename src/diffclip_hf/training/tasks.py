@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..common.fitting import processor_differences
 from ..common.loading import FULL_LENGTH_MODELS
 from ..data import (
     ImageLabelCollator,
@@ -20,7 +21,7 @@ from ..model.processing_diffclip import DiffCLIPProcessor
 from ..zero_shot import label_texts
 from .arguments import DiffCLIPTrainingArguments
 from .metrics import ZeroShotTask
-from .models import build_model, build_teacher, classifier_labels, processor_differences
+from .models import build_model, build_teacher, classifier_labels
 from .options import DataArguments, ModelArguments, zero_shot_templates
 
 
@@ -61,15 +62,16 @@ def contrastive_parts(
             max_skipped_share=data_args.max_skipped_share,
         )
 
-    def collator(train: bool, processor: Any = processor, **changes: Any) -> ImageTextCollator:
-        options = {"pad_to_max_length": data_args.pad_to_max_length} | changes
+    def collator(
+        train: bool, processor: Any = processor, pad_to_max_length: bool = data_args.pad_to_max_length
+    ) -> ImageTextCollator:
         return ImageTextCollator(
             processor,
             train=train,
             crop_scale=data_args.crop_scale,
             seed=training_args.seed,
             max_skipped_share=data_args.max_skipped_share,
-            **options,
+            pad_to_max_length=pad_to_max_length,
         )
 
     assert data_args.train_data is not None
