@@ -11,7 +11,6 @@ shards in a random order, in one process and in each of two that run at once; th
 
 import io
 import json
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -21,13 +20,13 @@ from typing import Any
 
 import torch
 from measuring import (
-    CHILD,
     MIB,
     child_arguments,
     make_parser,
     measured_on,
     memory,
     run_child,
+    run_children,
     tell_parent,
     write_report,
 )
@@ -117,12 +116,7 @@ def start_shards(folder: str, rank: int, world_size: int) -> dict[str, float]:
 
 def start_together(folder: str, world_size: int) -> dict[str, float]:
     """Start processes at once; return the slowest's seconds."""
-    command = [sys.executable, __file__, CHILD, "start", folder]
-    running = [
-        subprocess.Popen([*command, str(rank), str(world_size)], stdout=subprocess.PIPE, text=True)
-        for rank in range(world_size)
-    ]
-    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    found = run_children(__file__, [("start", folder, rank, world_size) for rank in range(world_size)])
     return {name: max(one[name] for one in found) for name in found[0]}
 
 

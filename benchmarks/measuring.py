@@ -31,9 +31,9 @@ def make_parser(description: str | None, script: str) -> argparse.ArgumentParser
     return parser
 
 
-def measured_on(dtype: str = "float32") -> dict[str, Any]:
-    """Return what every report says: the machine, the versions and the dtype."""
-    return {"machine": describe_machine(), "versions": describe_versions(), "dtype": dtype}
+def measured_on(dtype: str = "float32", packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what every report says: the machine, the versions, of further packages too, and the dtype."""
+    return {"machine": describe_machine(), "versions": describe_versions(*packages), "dtype": dtype}
 
 
 def write_report(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -58,9 +58,18 @@ def child_arguments() -> list[str] | None:
 
 def run_child(script: str, *arguments: object) -> Any:
     """Run a script in a process of its own, and return what it wrote by `tell_parent`."""
-    command = [sys.executable, script, CHILD, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_children(script, [arguments])[0]
+
+
+def run_children(script: str, each: Sequence[Sequence[object]]) -> list[Any]:
+    """Run a script in several processes at once, with the arguments of each, as `run_child` does in one."""
+    commands = [[sys.executable, script, CHILD, *map(str, arguments)] for arguments in each]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    written = [process.communicate()[0] for process in running]
+    for process in running:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    return [json.loads(text.splitlines()[-1]) for text in written]
 
 
 def tell_parent(found: Any) -> None:

@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor
 
 from diffclip_hf import DiffCLIPImageProcessor, DiffCLIPImageProcessorPil, ZeroShotClassifier
-from diffclip_hf.common.machine import describe_versions
 from diffclip_hf.common.reading_ahead import usable_cores
 from diffclip_hf.model.image_reading_diffclip import read_image
 
@@ -184,8 +183,7 @@ def measure(workers: int, rounds: int, share: float) -> dict[str, Any]:
         "pictures_per_second": reading,
         "whole_classifier_500x375": whole,
         "goal_share_of_workers": GOAL,
-        **measured_on(),
-        "versions": describe_versions("pillow", "numpy", "torchvision"),
+        **measured_on(packages=("pillow", "numpy", "torchvision")),
     }
 
 

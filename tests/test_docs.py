@@ -27,8 +27,8 @@ BLOCKS = [
     for path in PAGES
     for language, code in re.findall(r"```(python|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 ]
-# Tests of their own, below: what needs many steps, or what a command has written before.
-OWN = ("load_digits", "onnxruntime", "diffclip-vitb16")
+# Tests of their own, below: what needs many steps, what a command has written before, or what may not be installed.
+OWN = ("load_digits", "onnxruntime", "diffclip-vitb16", "fastapi")
 # Run from its beginning to its end, for each step needs what another has written.
 FORGET = "docs/guides/forget.md"
 PYTHON: list[tuple[str, str]] = []

@@ -98,7 +98,8 @@ def add_encoding_options(group: argparse._ActionsContainer) -> None:
         "--num-workers",
         type=int,
         metavar="N",
-        help="How many processes read images; 0 or 1 reads them one after the other. (default: one for each core)",
+        help="How many processes read images; 0 or 1 reads them one after the other. "
+        "(default: one for each core, at most 32)",
     )
 
 

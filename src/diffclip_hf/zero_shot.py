@@ -361,8 +361,9 @@ class ZeroShotClassifier:
         # The first says of what kind they are.
         first = list(islice(rows, 1 if topped_up else 0))
         sendable = bool(first) and _stays(first[0][1])
+        rows = chain(first, rows)
         pixel_values = read_ahead(
-            self._sendable(chain(first, rows)) if sendable else chain(first, rows),
+            self._sendable(rows) if sendable else rows,
             self._read,
             self.num_workers,
             ahead,

@@ -44,18 +44,26 @@ def _mounts() -> dict[str, str]:
     return {place.encode().decode("unicode_escape"): kind for _, place, kind, *_ in fields}
 
 
-def tells_changes(folder: str, mounts: dict[str, str] | None = None) -> bool:
+def tells_changes(folder: str, mounts: dict[str, str]) -> bool:
     """Say whether the file system of a folder sets a file's ctime at each change.
 
     Args:
         folder: Its path.
-        mounts: The file system of each place where one is mounted, by default what Linux says.
+        mounts: The file system of each place where one is mounted, as Linux says.
     """
     if sys.platform == "darwin":
         return True
-    mounts = _mounts() if mounts is None else mounts
     place = Path(os.path.realpath(folder))
     return next((mounts[str(at)] for at in (place, *place.parents) if str(at) in mounts), None) in TELLING
+
+
+def _all_tell_changes(folders: set[str]) -> bool:
+    mounts = _mounts()
+    return all(tells_changes(folder, mounts) for folder in folders)
+
+
+def _place(kind: str, key: str) -> Path:
+    return FOLDER / f"{kind}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
 
 
 def _signature(path: str) -> list[int]:
@@ -103,11 +111,9 @@ def known_values(
     if not paths:
         return []
     folders = {os.path.dirname(path) for path in paths}
-    mounts = _mounts()
-    if not all(tells_changes(folder, mounts) for folder in folders):
+    if not _all_tell_changes(folders):
         return [value for value, _ in _find_all(paths, compute, description)]
-    common = os.path.commonpath(list(folders))
-    place = FOLDER / f"{kind}-{hashlib.sha256(common.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
+    place = _place(kind, os.path.commonpath(list(folders)))
     known = _known(_read_index(place), paths)
     if None not in known:
         return [value for _, value in known]
@@ -132,10 +138,9 @@ def known_value(kind: str, key: str, paths: Sequence[str], compute: Callable[[],
     Raises:
         OSError: A file isn't there.
     """
-    mounts = _mounts()
-    if not all(tells_changes(folder, mounts) for folder in {os.path.dirname(path) for path in paths}):
+    if not _all_tell_changes({os.path.dirname(path) for path in paths}):
         return compute()
-    place = FOLDER / f"{kind}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
+    place = _place(kind, key)
 
     def signatures() -> tuple[str, int]:
         found = [(path, _signature(path)) for path in paths]

@@ -243,7 +243,7 @@ def _forked(count: int, read: Callable[[Any], Any], places: _Places, niceness: i
         yield processes
     except BrokenProcessPool:
         raise ChildProcessError(
-            "A process that reads pictures was killed, perhaps for want of memory; num_workers=1 needs none."
+            "A process that reads pictures was killed, perhaps for want of memory; num_workers=1 starts no processes."
         ) from None
     finally:
         processes.shutdown(cancel_futures=True)
@@ -357,7 +357,7 @@ def _read_in(
                 del value
             if topped_up and end is None:
                 break
-        if end is not None and not pending:
+        if end is not None:
             break
     if not isinstance(end, StopIteration):
         raise end

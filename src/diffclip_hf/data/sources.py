@@ -7,6 +7,7 @@ that a resumed run passes over what it has seen without decoding anything. The c
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.commands import require_extra
@@ -73,8 +74,11 @@ def _no_such_split(source: str, split: str, splits: Iterable[str]) -> ValueError
     return ValueError(f"split is {split!r}; {source!r} has {', '.join(splits)}, so name one of these.")
 
 
-def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Dataset":
-    """Read a map-style data set of the `datasets` library, whichever way it is stored."""
+def _load(source: str, split: str, load_options: dict[str, Any]) -> "tuple[datasets.Dataset, list[Path]]":
+    """Read a map-style data set of the `datasets` library, whichever way it is stored; return its files too.
+
+    Of a folder of `save_to_disk`, and of what isn't here, none are returned.
+    """
     require_extra("training", "datasets")
     import datasets
     import pyarrow  # type: ignore[import-untyped]
@@ -90,10 +94,10 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
             raise ValueError(f"{', '.join(load_options)} can't be used with {source!r}, a folder of save_to_disk.")
         loaded = datasets.load_from_disk(source)
         if isinstance(loaded, datasets.Dataset):
-            return loaded
+            return loaded, []
         if split not in loaded:
             raise _no_such_split(source, split, loaded)
-        return loaded[split]
+        return loaded[split], []
     found = named_files(source, load_options)
     check_depth(found)
     load_options = load_options | content_cache(found, load_options)
@@ -101,8 +105,8 @@ def _load(source: str, split: str, load_options: dict[str, Any]) -> "datasets.Da
     try:
         if source.endswith(".parquet"):
             files = {split: expand_braces(source)}
-            return datasets.load_dataset("parquet", data_files=files, split=split, **load_options)
-        return datasets.load_dataset(source, split=split, **load_options)
+            return datasets.load_dataset("parquet", data_files=files, split=split, **load_options), found
+        return datasets.load_dataset(source, split=split, **load_options), found
     except (
         datasets.exceptions.DatasetsError,
         *(pyarrow.lib.ArrowException, LookupError, TypeError, AttributeError),
@@ -182,7 +186,7 @@ def load_image_text_dataset(
         )
     require_extra("training", "datasets")
 
-    dataset = _load(source, split, load_options)
+    dataset, _ = _load(source, split, load_options)
     dataset, column = _two_columns(dataset, image_column, "caption", CAPTION_COLUMNS, caption_column)
     _check_captions(dataset, column, read=not load_options.get("streaming"))
     return dataset
@@ -211,10 +215,10 @@ def load_own_labels(
         raise ValueError(f"{source!r} names tar shards, which have captions rather than labels.")
     if load_options.get("streaming"):
         raise ValueError("streaming is True; labels are numbered over the whole data set, so leave it out.")
-    dataset = _load(source, split, load_options)
+    dataset, files = _load(source, split, load_options)
     # Before the labels are numbered, which goes through every row.
     dataset, column = _two_columns(dataset, image_column, "label", LABEL_COLUMNS, label_column)
-    check_numbering(named_files(source, load_options), column)
+    check_numbering(files, column)
     return *own_labels(dataset, column), column
 
 

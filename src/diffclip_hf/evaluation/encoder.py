@@ -276,7 +276,7 @@ class Encoder:
             while batch := list(islice(images, self.batch_size)):
                 pixel_values, digests = zip(*batch, strict=True)
                 digest.update(b"".join(digests))
-                inputs = {"pixel_values": joined(pixel_values).to(execution_device(self.model), self.model.dtype)}
+                inputs = {"pixel_values": joined(pixel_values).to(self.device, self.model.dtype)}
                 tower = self.model.vision_model if pooled else self.model.get_image_features
                 found = tower(**inputs, return_dict=True).pooler_output.float()
                 embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
@@ -297,7 +297,7 @@ class Encoder:
         embeds = []
         with logging.tqdm(total=count, desc="Texts", unit="text") as bar, torch.inference_mode():
             for tokens in batches:
-                inputs = {name: value.to(execution_device(self.model)) for name, value in tokens.items()}
+                inputs = {name: value.to(self.device) for name, value in tokens.items()}
                 found = self.model.get_text_features(**inputs, return_dict=True).pooler_output.float()
                 embeds.append(normalize(found, dim=-1).cpu())
                 bar.update(len(found))

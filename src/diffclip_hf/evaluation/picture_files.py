@@ -19,14 +19,17 @@ def picture_files(dataset: "datasets.Dataset") -> list[str] | None:
     Args:
         dataset: With a column `image`, not decoded.
     """
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
     tables = [os.path.abspath(part["filename"]) for part in dataset.cache_files]
-    files = []
-    for batch in dataset.select_columns("image").with_format("arrow").iter(1000):
-        column = batch["image"].combine_chunks()
-        outside, paths = column.field("bytes").is_null().to_pylist(), column.field("path").to_pylist()
-        files += [path for path, is_outside in zip(paths, outside, strict=True) if is_outside]
-        if not tables and not all(outside):
-            return None
+    column = dataset.data.column("image")
+    # By itself a data set would read the rows' bytes too, to put them in order.
+    outside, paths = pc.struct_field(column, "bytes").is_null(), pc.struct_field(column, "path")
+    if dataset._indices is not None:
+        outside, paths = (part.take(dataset._indices.column(0)) for part in (outside, paths))
+    files = paths.filter(outside).to_pylist()
+    if not tables and len(files) < len(dataset):
+        return None
     if not all(path and os.path.isabs(path) and os.path.isfile(path) for path in files):
         return None
     return tables + files
