@@ -260,6 +260,13 @@ def test_a_clip_of_the_hub_and_back(clone, warm_python, tmp_path):
         commit = hub.add(source, tmp_path / "clip")
         for words in steps:
             warm_python.run(*words, folder=clone, environment=hub.environment(tmp_path / "home"))
+        options = "--task retrieval --dataset embedded/pictures --split train --no-cache --output measured.json"
+        warm_python.run(
+            *("-m", "diffclip_hf.evaluate", source, *options.split()),
+            folder=clone,
+            environment=hub.environment(tmp_path / "home"),
+        )
+    assert json.loads((clone / "measured.json").read_text())["model"]["commit"] == commit
     report = json.loads((clone / "clip-vitb16" / "conversion_report.json").read_text())
     assert report["source"] == {"model": source, "repo_id": source, "commit": commit}
     for name in ("model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):

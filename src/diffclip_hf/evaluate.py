@@ -227,7 +227,7 @@ def describe_encoder(name: str, task: str, encoder: Encoder) -> dict[str, Any]:
         "model": {
             "name": name,
             "class": type(model).__name__,
-            "commit": getattr(model.config, "_commit_hash", None),
+            "commit": encoder.commit,
             "weights_sha256": encoder.weights(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),

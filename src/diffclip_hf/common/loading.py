@@ -205,7 +205,9 @@ def load_config(name: str | os.PathLike, config_class: Any = AutoConfig, **optio
 
 
 def commit_of(name: str | os.PathLike, **options: Any) -> str | None:
-    """Return the commit of a model on the Hub, None of a folder; newer releases of Transformers keep none.
+    """Return the commit of a model or an adapter on the Hub, None of a folder.
+
+    A configuration that newer releases of Transformers loaded doesn't know it.
 
     Args:
         name: A folder or an id on the Hub.
@@ -214,11 +216,12 @@ def commit_of(name: str | os.PathLike, **options: Any) -> str | None:
     Raises:
         ValueError: There's no such model.
     """
-    source = _model_folder(name, options, CONFIG)
+    source = _model_folder(name, options, CONFIG, ADAPTER)
     if Path(source).is_dir():
         return None
     with _named(source, "configuration"):
-        return extract_commit_hash(cached_file(source, CONFIG, **options), None)
+        file = find_adapter_config_file(source, **options) or cached_file(source, CONFIG, **options)
+        return extract_commit_hash(file, None)
 
 
 def _check_kind(source: str, config: PreTrainedConfig, model_class: Any) -> None:

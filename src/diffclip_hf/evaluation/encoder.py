@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..common.embedding_cache import EmbeddingCache
 from ..common.keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
-from ..common.loading import FULL_LENGTH_MODELS, check_device, load_model, load_processor
+from ..common.loading import FULL_LENGTH_MODELS, check_device, commit_of, load_model, load_processor
 from ..common.reading_ahead import check_num_workers, how_far_ahead, joined, read_ahead
 from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
@@ -104,6 +104,8 @@ class Encoder:
         self.processor: Any = processor
         self.cache = EmbeddingCache(None) if cache is None else cache
         self.batch_size, self.num_workers = batch_size, check_num_workers(num_workers)
+        # On the Hub, where it was loaded from there.
+        self.commit: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -131,8 +133,13 @@ class Encoder:
         """
         found = check_device(device)
         options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        commit = commit_of(name, revision=revision)
+        # All of it is of one commit.
+        revision = commit or revision
         model = load_model(name, revision=revision, dtype=dtype, **options)
-        return cls(model.to(found), load_processor(name, model.config, revision=revision), **kwargs)
+        encoder = cls(model.to(found), load_processor(name, model.config, revision=revision), **kwargs)
+        encoder.commit = commit
+        return encoder
 
     @property
     def device(self) -> torch.device:
