@@ -91,6 +91,7 @@ def make_trainer(
     collator: Callable[[list[int]], dict],
     output_dir: Path,
     callbacks: list[TrainerCallback] | None = None,
+    teacher: DiffCLIPModel | None = None,
     **changes: Any,
 ) -> DiffCLIPTrainer:
     """Return a trainer with the settings of the small models, but for `changes` of its arguments.
@@ -101,6 +102,7 @@ def make_trainer(
         collator: Makes a batch of their indices.
         output_dir: For checkpoints.
         callbacks: Further ones.
+        teacher: A frozen model to learn from, too.
         changes: Of `DiffCLIPTrainingArguments`.
     """
     settings = {
@@ -128,6 +130,7 @@ def make_trainer(
         train_dataset=EmojiIndices(count),
         data_collator=collator,
         callbacks=callbacks,
+        teacher=teacher,
     )
 
 
