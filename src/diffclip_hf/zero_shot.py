@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from .common.embedding_cache import EmbeddingCache
 from .common.keys import UnknownContentError, embedding_key
-from .common.reading_ahead import check_num_workers, how_far_ahead, joined, read_ahead
+from .common.reading_ahead import check_num_workers
+from .common.reading_batches import read_batches
 from .model.image_reading_diffclip import read_image
 from .model.offloading_diffclip import check_has_weights, execution_device, logit_scale_factor
 from .model.processing_diffclip import check_text
@@ -234,7 +235,7 @@ class ZeroShotClassifier:
     takes them, folders (`image_files`), a `datasets` dataset, or any iterable of these or of a dataset's rows. As in
     `to_rgb`, what is transparent is laid over white. They're read by several workers, at most a batch and 16 images
     a worker ahead, and of each only its pixel values are kept. From 16 images on these are processes for paths, URLs,
-    bytes and a dataset's rows, on Linux and in the main thread (`read_ahead`), and otherwise threads. An iterator
+    bytes and a dataset's rows, on Linux and in the main thread (`read_batches`), and otherwise threads. An iterator
     whose length isn't known is asked for a batch at a time, since it may wait for answers; what it gives that it may
     change again, such as arrays, is read at once.
 
@@ -356,29 +357,29 @@ class ZeroShotClassifier:
         sources, total = _sources(_undecoded(images, image_column))
         # Whatever else has no length may wait for answers.
         topped_up = total is not None or hasattr(sources, "features")
-        ahead = how_far_ahead(self.batch_size, self.num_workers, total) if topped_up else self.batch_size
         rows = self._rows(sources, image_column, whole=topped_up)
         # The first says of what kind they are.
         first = list(islice(rows, 1 if topped_up else 0))
         sendable = bool(first) and _stays(first[0][1])
         rows = chain(first, rows)
-        pixel_values = read_ahead(
+        batches = read_batches(
             self._sendable(rows) if sendable else rows,
             self._read,
+            self.batch_size,
             self.num_workers,
-            ahead,
+            total,
             topped_up=topped_up,
             sendable=sendable,
             gives_way=execution_device(self.model).type == "cpu",
         )
         disable = not self.progress_bar or total == 1
         with (
-            closing(pixel_values),
+            closing(batches),
             logging.tqdm(total=total, desc="Images", unit="image", disable=disable) as bar,
         ):
-            while batch := list(islice(pixel_values, self.batch_size)):
-                yield self._image_logits(joined(batch))
-                bar.update(len(batch))
+            for pixel_values, _ in batches:
+                yield self._image_logits(pixel_values)
+                bar.update(len(pixel_values))
 
     def _rows(self, sources: Iterable[Any], image_column: str | None, whole: bool) -> Iterator[Any]:
         """Yield each image's index, the image unread, and a lock for it; or its pixel values, where it has to be read.
@@ -414,14 +415,14 @@ class ZeroShotClassifier:
         """Yield rows of `_rows`, read where they can't be sent to another process."""
         return (row if row[2] is None else self._read(row) for row in rows)
 
-    def _read(self, row: Any) -> torch.Tensor:
+    def _read(self, row: Any) -> tuple[torch.Tensor, None]:
         """Return an image's pixel values, float32, (1, channels, height, width)."""
-        if isinstance(row, torch.Tensor):
+        if isinstance(row[0], torch.Tensor):
             return row
         index, source, lock = row
         try:
             with lock or nullcontext():
-                return self._pixel_values(source)
+                return self._pixel_values(source), None
         except Exception as error:
             raise _unreadable(index, source, error) from error
 

@@ -6,18 +6,20 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from diffclip_hf.common.reading_ahead import MOST_WORKERS, check_num_workers, read_ahead, usable_cores
+from diffclip_hf.common.reading_batches import read_batches
 
 
 NAME = "diffclip-reading"
 FORK = multiprocessing.get_context("fork")
-WAYS = pytest.mark.parametrize("sendable", [False, True], ids=["threads", "processes"])
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +39,36 @@ def slow_square(number: int) -> int:
     return number * number
 
 
+def by_threads(items: Iterable, read: Callable, num_workers: int, **options: Any) -> Generator[Any, None, None]:
+    return read_ahead(items, read, num_workers, 20, **options)
+
+
+def by_processes(items: Iterable, read: Callable, num_workers: int) -> Generator[Any, None, None]:
+    """In batches of three, of which each number is in the pixel values too."""
+
+    def read_pixels(item: Any) -> tuple[torch.Tensor, Any]:
+        found = read(item)
+        return torch.tensor([[found, 1]]), found
+
+    for pixels, rest in read_batches(items, read_pixels, 3, num_workers, sendable=True):
+        assert pixels.tolist() == [[found, 1] for found in rest]
+        yield from rest
+
+
+WAYS = pytest.mark.parametrize("through", [by_threads, by_processes])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 5])
-@pytest.mark.parametrize("topped_up", [True, False])
-@WAYS
-def test_the_order_is_the_items(num_workers, topped_up, sendable):
+@pytest.mark.parametrize("through", [by_threads, partial(by_threads, topped_up=False), by_processes])
+def test_the_order_is_the_items(num_workers, through):
     for count in (0, 43):
-        found = read_ahead(iter(range(count)), slow_square, num_workers, 19, topped_up=topped_up, sendable=sendable)
+        found = through(iter(range(count)), slow_square, num_workers)
         assert list(found) == [number * number for number in range(count)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 4])
 @WAYS
-def test_an_error_is_raised_where_it_is_its_turn(num_workers, sendable):
+def test_an_error_is_raised_where_it_is_its_turn(num_workers, through):
     def read(number: int) -> int:
         if number in (6, 9):
             raise ValueError(f"{number} can't be read") from KeyError(number)
@@ -56,7 +76,7 @@ def test_an_error_is_raised_where_it_is_its_turn(num_workers, sendable):
 
     found = []
     with pytest.raises(ValueError, match=r"^6 can't be read$") as caught:
-        found.extend(read_ahead(range(20), read, num_workers, 20, sendable=sendable))
+        found.extend(through(range(20), read, num_workers))
     assert repr(caught.value.__cause__) == "KeyError(6)"
     assert found == [0, 1, 2, 3, 4, 5]
 
@@ -73,20 +93,19 @@ def test_an_error_that_cannot_be_sent_is_told():
         raise LocalError("never", "again")
 
     with pytest.raises(RuntimeError, match="LocalError: never again"):
-        list(read_ahead(range(20), read, 2, 20, sendable=True))
+        list(by_processes(range(20), read, 2))
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-@pytest.mark.parametrize("topped_up", [True, False])
-@WAYS
-def test_an_error_of_the_items_comes_after_those_before_it(num_workers, topped_up, sendable):
+@pytest.mark.parametrize("through", [by_threads, partial(by_threads, topped_up=False), by_processes])
+def test_an_error_of_the_items_comes_after_those_before_it(num_workers, through):
     def items():
         yield from range(21)
         raise OSError("the disk is gone")
 
     found = []
     with pytest.raises(OSError, match="the disk is gone"):
-        found.extend(read_ahead(items(), slow_square, num_workers, 16, topped_up=topped_up, sendable=sendable))
+        found.extend(through(items(), slow_square, num_workers))
     assert found == [number * number for number in range(21)]
 
 
@@ -124,8 +143,8 @@ def workers() -> list:
 
 
 @WAYS
-def test_what_is_dropped_half_way_leaves_none(sendable):
-    numbers = read_ahead(range(100), slow_square, 4, 16, sendable=sendable)
+def test_what_is_dropped_half_way_leaves_none(through):
+    numbers = through(range(100), slow_square, 4)
     next(numbers)
     assert len(workers()) == 4
     del numbers
@@ -133,7 +152,7 @@ def test_what_is_dropped_half_way_leaves_none(sendable):
 
 
 @WAYS
-def test_an_interruption_leaves_none(sendable):
+def test_an_interruption_leaves_none(through):
     """As Ctrl-C raises it, in the caller's thread, while it waits or takes an item."""
 
     def interrupted():
@@ -141,40 +160,46 @@ def test_an_interruption_leaves_none(sendable):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(read_ahead(interrupted(), slow_square, 4, 16, sendable=sendable))
+        list(through(interrupted(), slow_square, 4))
     assert not workers()
 
 
 def test_processes_run_a_bounded_number_ahead_of_what_is_yielded():
     taken: list[int] = []
-    numbers = read_ahead((taken.append(n) or n for n in range(400)), slow_square, 3, 40, sendable=True)
+    numbers = by_processes((taken.append(n) or n for n in range(400)), slow_square, 3)
     for number in range(300):
         assert next(numbers) == number * number
-        assert len(taken) <= number + 41
+        # A batch in use, another in the making, and what's ahead: a batch, and 16 for each of three.
+        assert len(taken) <= number + 3 + 3 + 3 + 48
     assert len(multiprocessing.active_children()) == 3
     numbers.close()
 
 
-def pictures_of(number: int) -> tuple[torch.Tensor, bytes, torch.Tensor]:
-    """Of several dtypes and sizes, one larger than a place."""
-    sides = (3, 700, 700) if number % 7 == 3 else (3, 20 + number, 30)
-    dtype = (torch.float32, torch.uint8, torch.bfloat16)[number % 3]
-    return torch.full(sides, number, dtype=dtype), bytes([number]), torch.arange(number)
+@pytest.mark.parametrize(("batch_size", "side"), [(1, 3), (5, 3), (64, 3), (1000, 3), (5, 601)])
+def test_a_batch_stays_until_the_next_is_asked_for(batch_size, side):
+    """While processes read ahead, of which some pictures are left out."""
+
+    def read(number: int) -> tuple[torch.Tensor | None, bytes]:
+        left_out = (number % 11 == 4 and number > 9) or number in (100, 101, 102, 103, 104)
+        return None if left_out else torch.full((1, 3, side, side), number + 0.5), bytes([number])
+
+    # Pixel values of the larger side don't fit into a place.
+    count, numbers = 150 if side < 9 else 20, []
+    for pixels, rest in read_batches(range(count), read, batch_size, 2, count, sendable=True):
+        there = [row[0] for row in rest if read(row[0])[0] is not None]
+        time.sleep(0.002)
+        assert len(pixels) == len(there)
+        assert not there or torch.equal(pixels, torch.cat([torch.full((1, 3, side, side), n + 0.5) for n in there]))
+        numbers += [row[0] for row in rest]
+    assert numbers == list(range(count))
 
 
-def test_tensors_stay_as_they_are_read_for_as_long_as_they_are_held():
-    """Those that are kept, and those whose places are used again, of parts of which others are made."""
-    numbers = read_ahead(range(100), pictures_of, 2, 16, sendable=True)
-    kept, rows = [], []
-    for number, found in enumerate(numbers):
-        kept.append(found) if number % 2 else rows.append(found[0][0, 1])
-        del found
-    assert (len(kept), len(rows)) == (50, 50)
-    for number, found in zip(range(1, 100, 2), kept, strict=True):
-        for one, right in zip(found, pictures_of(number), strict=True):
-            assert torch.equal(one, right) if isinstance(right, torch.Tensor) else one == right
-    for number, row in zip(range(0, 100, 2), rows, strict=True):
-        assert torch.equal(row, pictures_of(number)[0][0, 1])
+def test_pictures_of_two_shapes_are_no_batch():
+    def read(number: int) -> tuple[torch.Tensor, None]:
+        return torch.zeros(1, 3, 4, 5 if number == 9 else 4), None
+
+    with pytest.raises(ValueError, match=r"shapes \(3, 4, [45]\) and \(3, 4, [45]\); they must have one"):
+        list(read_batches(range(20), read, 4, 2, sendable=True))
 
 
 def test_a_killed_process_is_one_plain_error():
@@ -184,12 +209,12 @@ def test_a_killed_process_is_one_plain_error():
         return number
 
     with pytest.raises(ChildProcessError, match="was killed"):
-        list(read_ahead(range(100), read, 2, 16, sendable=True))
+        list(by_processes(range(100), read, 2))
 
 
 def test_no_process_outlives_a_caller_that_is_killed():
     def start() -> None:
-        numbers = read_ahead(range(100), slow_square, 2, 16, sendable=True)
+        numbers = by_processes(range(100), slow_square, 2)
         next(numbers)
         sending.send([child.pid for child in multiprocessing.active_children()])
         os.kill(os.getpid(), signal.SIGKILL)
@@ -224,15 +249,16 @@ def alive(pid: int) -> bool:
         return False
 
 
-def read_where(_: int) -> tuple[int, int]:
-    return os.getpid(), torch.get_num_threads()
+def read_where(_: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    return torch.empty(1, 1), (os.getpid(), torch.get_num_threads())
 
 
 def test_where_no_process_can_be_forked_threads_read():
     """In another thread and in a daemonic process, which may have no children; and where torch is on a device."""
 
     def seen() -> set:
-        return set(read_ahead(range(40), read_where, 2, 16, sendable=True))
+        batches = read_batches(range(40), read_where, 2, 2, sendable=True)
+        return {where for _, rest in batches for where in rest}
 
     here = {(os.getpid(), 1)}
     assert {threads for _, threads in seen()} == {1}

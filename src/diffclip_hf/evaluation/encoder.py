@@ -1,9 +1,8 @@
 """Embeddings of any of Transformers' CLIP-like models, DiffCLIP's among them, in one way for all."""
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,8 @@ from transformers.utils import logging
 from ..common.embedding_cache import EmbeddingCache
 from ..common.keys import UnknownContentError, embedding_key, image_digest, model_fingerprint
 from ..common.loading import FULL_LENGTH_MODELS, check_device, commit_of, load_model, load_processor
-from ..common.reading_ahead import check_num_workers, how_far_ahead, joined, read_ahead
+from ..common.reading_ahead import check_num_workers, read_ahead
+from ..common.reading_batches import read_batches
 from ..model.image_reading_diffclip import read_encoded, read_image
 from ..model.offloading_diffclip import check_has_weights, execution_device
 from ..model.processing_diffclip import check_text
@@ -63,6 +63,22 @@ def check_batches(batch_size: int | None, num_workers: int | None) -> None:
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     check_num_workers(num_workers)
+
+
+def _named(
+    read: Callable[[Any], Any], split: str, row_of: Callable[[int], int]
+) -> Callable[[tuple[int, Mapping[str, Any] | None]], Any]:
+    """Return a function that reads a row's image, as `datasets` holds it undecoded, and names it in errors."""
+
+    def read_row(row: tuple[int, Mapping[str, Any] | None]) -> Any:
+        index, image = row
+        try:
+            return read(image)
+        except ValueError as error:
+            path = f" ({image['path']:.200})" if image and image["path"] else ""
+            raise ValueError(f"Image {row_of(index)} of the split {split}{path} can't be read: {error}") from error
+
+    return read_row
 
 
 class Encoder:
@@ -221,42 +237,12 @@ class Encoder:
             return self._encode_texts(batches, len(texts))
         return self.cache.get("texts", key, len(texts), lambda: self._encode_texts(batches, len(texts)))
 
-    def _read_all(
-        self,
-        dataset: "datasets.Dataset",
-        split: str,
-        row_of: Callable[[int], int],
-        read: Callable[[Any], Any],
-        sendable: bool,
-    ) -> Generator[Any, None, None]:
-        """Yield what `read` returns of each image, as `datasets` holds it undecoded, a bounded number ahead.
-
-        `sendable` says whether it's worth sending them to other processes.
-        """
-
-        def read_row(row: tuple[int, Mapping[str, Any] | None]) -> Any:
-            index, image = row
-            try:
-                return read(image)
-            except ValueError as error:
-                path = f" ({image['path']:.200})" if image and image["path"] else ""
-                raise ValueError(f"Image {row_of(index)} of the split {split}{path} can't be read: {error}") from error
-
-        ahead = how_far_ahead(self.batch_size, self.num_workers, len(dataset))
-        return read_ahead(
-            enumerate(dataset["image"]),
-            read_row,
-            self.num_workers,
-            ahead,
-            sendable=sendable,
-            gives_way=self.device.type == "cpu",
-        )
-
     def _images_digest(self, dataset: "datasets.Dataset", split: str, row_of: Callable[[int], int]) -> str:
         """Return the SHA-256 of every image's file, in the order of the rows."""
-        digest = hashlib.sha256()
+        digest, read = hashlib.sha256(), _named(image_digest, split, row_of)
+        ahead = min(len(dataset), 4 * self.num_workers)
         with (
-            closing(self._read_all(dataset, split, row_of, image_digest, sendable=False)) as digests,
+            closing(read_ahead(enumerate(dataset["image"]), read, self.num_workers, ahead)) as digests,
             logging.tqdm(total=len(dataset), desc="Files", unit="file") as bar,
         ):
             for one in digests:
@@ -275,19 +261,27 @@ class Encoder:
     ) -> tuple[torch.Tensor, str]:
         """Return the embeddings, and what `_images_digest` returns of the files that were decoded."""
         embeds, digest = [], hashlib.sha256()
+        batches = read_batches(
+            enumerate(dataset["image"]),
+            _named(self._pixel_values, split, row_of),
+            self.batch_size,
+            self.num_workers,
+            len(dataset),
+            sendable=True,
+            gives_way=self.device.type == "cpu",
+        )
         with (
-            closing(self._read_all(dataset, split, row_of, self._pixel_values, sendable=True)) as images,
+            closing(batches),
             logging.tqdm(total=len(dataset), desc="Images", unit="image") as bar,
             torch.inference_mode(),
         ):
-            while batch := list(islice(images, self.batch_size)):
-                pixel_values, digests = zip(*batch, strict=True)
+            for pixel_values, digests in batches:
                 digest.update(b"".join(digests))
-                inputs = {"pixel_values": joined(pixel_values).to(self.device, self.model.dtype)}
+                inputs = {"pixel_values": pixel_values.to(self.device, self.model.dtype)}
                 tower = self.model.vision_model if pooled else self.model.get_image_features
                 found = tower(**inputs, return_dict=True).pooler_output.float()
                 embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
-                bar.update(len(batch))
+                bar.update(len(digests))
         return _check_finite(torch.cat(embeds), "image"), digest.hexdigest()
 
     def _tokenize(self, texts: Sequence[str]) -> list[Any]:
