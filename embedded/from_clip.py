@@ -9,6 +9,7 @@ its pictures are made of all the runs that are there.
 """
 
 import argparse
+import copy
 import json
 import logging
 import shutil
@@ -46,8 +47,21 @@ RATE = 10.0
 # λ of a layer's first and last head at the start, those between evenly spaced.
 LAMBDAS = (0.2, 0.5)
 # Every step is measured up to this one, and then every so many.
-FIRST_STEPS, LATER_STEPS = 28, 28
+FIRST_STEPS, LATER_STEPS = 14, 28
 TOWERS = ("vision", "text")
+# Of the models: the embedded model's, or a fraction of its width and depth, which costs a quarter.
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "embedded": {},
+    "small": {
+        "vision_config": {
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        },
+        "text_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
+    },
+}
 # What the parameters that an arm adds have in their names.
 ADDED = ("second_query", "lambda_logit", "lora_")
 
@@ -118,18 +132,23 @@ def with_lora(model: DiffCLIPModel, rank: int) -> DiffCLIPModel:
     return model.requires_grad_(True)
 
 
+def from_scratch(model: DiffCLIPModel) -> DiffCLIPModel:
+    """Return a new DiffCLIP of a CLIP's size."""
+    config = copy.deepcopy(model.config)
+    for tower in (config.vision_config, config.text_config):
+        tower.attention_type = "differential"
+    new = DiffCLIPModel(config)
+    new.set_attn_implementation("eager")
+    return new
+
+
 def naively(model: DiffCLIPModel) -> DiffCLIPModel:
     """Return a DiffCLIP with a plain CLIP's weights, the λ vectors and norms new."""
-    new = build_model(model.config.text_config.vocab_size, "diffclip")
+    new = from_scratch(model)
     missing, unexpected = new.load_state_dict(model.state_dict(), strict=False)
     if unexpected or any("lambda_" not in name and "diff_norm" not in name for name in missing):
         raise ValueError(f"The CLIP's weights don't fit: {unexpected} too many, {missing} too few.")
     return new
-
-
-def from_scratch(model: DiffCLIPModel, variant: str) -> DiffCLIPModel:
-    """Return a new model of a variant; of the given one only the vocabulary counts."""
-    return build_model(model.config.text_config.vocab_size, variant)
 
 
 @dataclass(frozen=True)
@@ -155,12 +174,12 @@ ARMS = {
     "plain": Arm(lambda model: model),
     "lora": Arm(partial(with_lora, rank=4), RATE),
     "second": Arm(partial(with_second_query, rank=8), RATE),
+    "naive": Arm(naively),
+    "naive-taught": Arm(naively, taught=True),
+    "scratch": Arm(from_scratch, whole=True),
     "second-full": Arm(partial(with_second_query, rank=None)),
     "lora-alone": Arm(partial(with_lora, rank=4), RATE, added_alone=True),
     "second-alone": Arm(partial(with_second_query, rank=8), RATE, added_alone=True),
-    "naive": Arm(naively),
-    "naive-taught": Arm(naively, taught=True),
-    "scratch": Arm(partial(from_scratch, variant="diffclip"), whole=True),
 }
 
 
@@ -209,7 +228,8 @@ class Losses(TrainerCallback):
             self._measure(state, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step <= FIRST_STEPS or state.global_step % LATER_STEPS == 0:
+        step = state.global_step
+        if step <= FIRST_STEPS or step % LATER_STEPS == 0 or step == state.max_steps:
             self._measure(state, model)
 
     @torch.no_grad()
@@ -264,8 +284,9 @@ def lambdas(model: DiffCLIPModel) -> dict[str, list[list[float]]]:
 class Settings:
     """What all runs share; `figures.json` begins with it."""
 
+    size: str = "small"
     clip_epochs: int = 100
-    epochs: int = 40
+    epochs: int = 30
     learning_rate: float = 5e-4
     # Of the first model of a seed, and of what is trained from scratch: the embedded model's.
     first_learning_rate: float = 1e-3
@@ -279,7 +300,7 @@ class Runs:
 
     def __init__(self, args: argparse.Namespace):
         self.cache_dir, self.work_dir, self.file = args.cache_dir, args.work_dir, args.output_dir / "figures.json"
-        self.settings = Settings(clip_epochs=args.clip_epochs, epochs=args.epochs)
+        self.settings = Settings(args.size, args.clip_epochs, args.epochs)
         self.items = load_emoji(args.cache_dir)
         self.tokenizer = make_tokenizer(self.items)
         processor = make_processor(self.tokenizer)
@@ -304,7 +325,7 @@ class Runs:
         folder = self.work_dir / f"clip-{seed}"
         if not folder.is_dir():
             set_seed(seed)
-            model = build_model(len(self.tokenizer), "clip")
+            model = build_model(len(self.tokenizer), "clip", SIZES[self.settings.size])
             self._run("clip", seed, model, Arm(lambda model: model), stage=0, epochs=self.settings.clip_epochs)
             model.save_pretrained(folder.with_suffix(".part"))
             folder.with_suffix(".part").rename(folder)
@@ -344,7 +365,7 @@ class Runs:
             warmup_steps=settings.first_warmup_steps if first else settings.warmup_steps,
             seed=seed,
             logging_steps=steps,
-            save_steps=20 * steps,
+            save_steps=10 * steps,
             disable_tqdm=True,
         )
         give_added_their_rate(trainer, arm.added_rate)
@@ -373,6 +394,7 @@ class Runs:
         }
         write_text_whole(self.file, json.dumps(self.done, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
+        logger.info("%s, seed %d: %s", name, seed, self.done["runs"][f"{name}-{seed}"]["figures"])
 
 
 def main() -> None:

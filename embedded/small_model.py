@@ -35,9 +35,20 @@ VARIANTS: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
-def build_model(vocab_size: int, variant: str = "diffclip") -> DiffCLIPModel:
-    """Return an untrained model, a key of `VARIANTS`, small enough for the repository in float16."""
-    changes = VARIANTS[variant]
+def build_model(
+    vocab_size: int, variant: str = "diffclip", sizes: dict[str, dict[str, int]] | None = None
+) -> DiffCLIPModel:
+    """Return an untrained model, a key of `VARIANTS`, small enough for the repository in float16.
+
+    Args:
+        vocab_size: Of its tokenizer.
+        variant: One of the paper's four.
+        sizes: Fields of both towers' configurations that are to differ.
+    """
+    changes: dict[str, dict[str, Any]] = {
+        tower: {**VARIANTS[variant].get(tower, {}), **(sizes or {}).get(tower, {})}
+        for tower in ("vision_config", "text_config")
+    }
     model = DiffCLIPModel(
         DiffCLIPConfig(
             projection_dim=128,
@@ -48,7 +59,7 @@ def build_model(vocab_size: int, variant: str = "diffclip") -> DiffCLIPModel:
                 "num_attention_heads": 8,
                 "image_size": IMAGE_SIZE,
                 "patch_size": 8,
-                **changes.get("vision_config", {}),
+                **changes["vision_config"],
             },
             text_config={
                 "hidden_size": 96,
@@ -60,7 +71,7 @@ def build_model(vocab_size: int, variant: str = "diffclip") -> DiffCLIPModel:
                 "bos_token_id": vocab_size - 2,
                 "eos_token_id": vocab_size - 1,
                 "pad_token_id": vocab_size - 1,
-                **changes.get("text_config", {}),
+                **changes["text_config"],
             },
         )
     )
