@@ -47,7 +47,7 @@ RATE = 10.0
 # λ of a layer's first and last head at the start, those between evenly spaced.
 LAMBDAS = (0.2, 0.5)
 # Every step is measured up to this one, and then every so many.
-FIRST_STEPS, LATER_STEPS = 14, 28
+FIRST_STEPS, LATER_STEPS = 14, 70
 TOWERS = ("vision", "text")
 # Of the models: the embedded model's, or a fraction of its width and depth, which costs a quarter.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
@@ -286,7 +286,7 @@ class Settings:
 
     size: str = "small"
     clip_epochs: int = 100
-    epochs: int = 30
+    epochs: int = 20
     learning_rate: float = 5e-4
     # Of the first model of a seed, and of what is trained from scratch: the embedded model's.
     first_learning_rate: float = 1e-3
@@ -404,6 +404,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="for the report and the figures")
     parser.add_argument("--work-dir", type=Path, default=Path("build/from_clip"), help="for models and checkpoints")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--size", default=Settings.size, choices=SIZES, help="of the models (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--clip-epochs", type=int, default=Settings.clip_epochs, help="of the plain CLIP (%(default)s)"
@@ -417,7 +418,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.arms:
             runs.arm(name, seed)
-    write_report(args.output_dir)
+        write_report(args.output_dir)
 
 
 if __name__ == "__main__":

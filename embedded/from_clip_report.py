@@ -50,10 +50,11 @@ def by_arm(content: dict[str, Any]) -> Groups:
     return {name: found for name in NAMES if (found := [run for run in runs if run["arm"] == name])}
 
 
-def shown(values: list[float], digits: int = 1) -> str:
+def shown(values: list[float], form: str = ".1f") -> str:
     """Return a mean with its deviation, where there are several values."""
     average, deviation = mean_and_deviation(values)
-    return f"{average:.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{average:.{digits}f}"
+    number = format(average, form).replace("-", "−")
+    return f"{number} ± {format(deviation, form.lstrip('+'))}" if len(values) > 1 else number
 
 
 def points(runs: list[dict], vendor: str, name: str = MAIN_FIGURE) -> list[float]:
@@ -68,7 +69,7 @@ def figures_table(groups: Groups, vendor: str) -> str:
     lines = ["| | seeds | " + " | ".join(short) + " | loss, nats |", "|---|---|" + "---|" * (len(names) + 1)]
     for arm, runs in groups.items():
         cells = [shown(points(runs, vendor, name)) for name in names]
-        cells.append(shown([run["figures"][vendor]["loss"] for run in runs], 2))
+        cells.append(shown([run["figures"][vendor]["loss"] for run in runs], ".2f"))
         lines.append(f"| {NAMES[arm]} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -88,7 +89,7 @@ def pairs_table(groups: Groups) -> str:
     lines = [f"| | {' | '.join(VENDORS[vendor] for vendor in (HELD_OUT, TRAINED))} |", "|---|---|---|"]
     for arm, other in PAIRS:
         if arm in groups and other in groups:
-            cells = [shown(paired(groups, arm, other, vendor)) for vendor in (HELD_OUT, TRAINED)]
+            cells = [shown(paired(groups, arm, other, vendor), "+.1f") for vendor in (HELD_OUT, TRAINED)]
             lines.append(f"| {NAMES[arm]} − {NAMES[other]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -108,7 +109,9 @@ def verdict(groups: Groups) -> str:
     """Return what the rule says of the second query, in a paragraph."""
     others = ("plain", "lora")
     earned = [
-        arm for arm in ("second", "second-full") if all(is_clearly_above(groups, arm, other) for other in others)
+        arm
+        for arm in ("second", "second-full")
+        if arm in groups and all(is_clearly_above(groups, arm, other) for other in others)
     ]
     rule = (
         f"The rule was set before: differential attention from a pretrained CLIP enters the package if arm c is "
@@ -178,7 +181,7 @@ def draw_first_steps(groups: Groups, path: Path) -> None:
     axis.set_ylabel("loss, nats", fontsize=12)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def draw_figures(groups: Groups, path: Path) -> None:
@@ -195,7 +198,7 @@ def draw_figures(groups: Groups, path: Path) -> None:
     axis.set_xlabel(f"{MAIN_FIGURE}, %", fontsize=12)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -203,7 +206,9 @@ def draw_figures(groups: Groups, path: Path) -> None:
 PAGE = """# Differential attention for a CLIP that one has
 
 DiffCLIP is trained from scratch. Can a pretrained CLIP become one instead, and is it better for it? This is an
-experiment at the embedded model's size (`embedded/README.md`), in which a plain CLIP is trained on in several ways.
+experiment on the embedded model's drawings (`embedded/README.md`), with {parameters} parameters: a small plain CLIP is
+trained on in several ways.
+
 {verdict}
 
 Everything on this page is made by
@@ -228,8 +233,8 @@ from 0.2 for a layer's first head to 0.5 for its last.
 
 ## The arms
 
-A plain CLIP is trained for {clip_epochs} epochs ({clip_steps} steps of 256 pairs) with each seed. All arms then take
-{epochs} more epochs ({steps} steps) with the same batches:
+A plain CLIP is trained for {clip_epochs} epochs ({clip_steps} steps of 256 pairs) with each seed. All arms but d then
+take {epochs} more epochs ({steps} steps) with the same batches:
 
 - **a.** The CLIP is trained on.
 - **b.** LoRA of rank 4 on queries and values is added to it, {lora} parameters, and the rest is trained, too.
@@ -240,9 +245,9 @@ A plain CLIP is trained for {clip_epochs} epochs ({clip_steps} steps of 256 pair
 - **e.** The paper's form gets the CLIP's weights as they are; "taught" adds distillation from the CLIP (`--teacher`,
   both weights 1).
 
-The learning rate is {learning_rate:g} after a warmup of {warmup_steps} steps, with a cosine to 0, and
-{rate:g} times as high for what b and c add, except for the full matrix. d has the CLIP's own first schedule
-({first_learning_rate:g}, {first_warmup_steps} steps of warmup) over its whole budget. Nothing was tuned for any arm.
+The arms' learning rate is {learning_rate:g} after a warmup of {warmup_steps} steps, with a cosine to 0, and {rate:g}
+times as high for what b and c add, except for the full matrix. The CLIP has {first_learning_rate:g} and
+{first_warmup_steps} steps of warmup, and so has d, over its whole budget. Nothing was tuned for any arm.
 
 ## {unseen}
 
@@ -290,11 +295,14 @@ SHOWS = """It can show that the form begins exactly where the CLIP was, that it 
 same number of parameters elsewhere, given the same short time. A difference that isn't clearly larger than its
 deviation says nothing.
 
-It can't show what happens at the size that matters: two million parameters against 150 million, drawings in 6 × 6
-patches on which an attention map has little noise to remove, and CLIPs that haven't stopped improving when the arms
-begin, so that plain training on gains a lot by itself. The arms' steps are few, and learning rates weren't tuned. The
-first schedule ends at 0 and the second rises again, which costs a and the arms that begin with the CLIP something
-that d doesn't pay; so d against a isn't only a comparison of forms."""
+It can't show what happens at the size that matters: less than a million parameters against 150 million,
+drawings in 6 × 6 patches on which an attention map has little noise to remove, and CLIPs that haven't stopped
+improving when the arms begin, so that plain training on gains much by itself. The arms' steps are few, and learning
+rates weren't tuned: another rate for the second queries, a longer run, or a λ for each token may do what this didn't.
+The CLIP's learning rate falls to 0 and then rises again, and d's falls once, so d against a compares more than forms.
+
+To save time, models have less than half of the embedded model's width and depth, and the arms are short.
+`--size embedded` and `--epochs` take larger ones, into another folder."""
 
 
 def figures_text(groups: Groups) -> str:
@@ -361,6 +369,7 @@ def page(content: dict[str, Any]) -> str:
     starts = [f"{NAMES[arm]} {mean(loss_at(groups[arm], 0)):.2f}" for arm in COLOURS if arm in groups]
     return PAGE.format(
         **settings,
+        parameters=f"{first['parameters']:,}",
         verdict=textwrap.fill(verdict(groups), 119),
         machine=machine_of(first),
         state=state_of(groups),
@@ -377,7 +386,7 @@ def page(content: dict[str, Any]) -> str:
         figures_text=figures_text(groups),
         main_figure=MAIN_FIGURE,
         pairs_table=pairs_table(groups),
-        steps_table=steps_table(groups, sorted({0, 1, 7, 14, last})),
+        steps_table=steps_table(groups, sorted({0, 1, 7, FIRST_STEPS, last})),
         steps_text=f"The loss over the first {FIRST_STEPS} steps; it begins at {', '.join(starts)}",
         jump=jump(groups),
         lambda_table=lambda_table(groups),
