@@ -24,17 +24,19 @@ ARROWS = {
     "demo": {"common", "model", "visualization", "zero_shot"},
     # Its files import the public face too, as a user does.
     "conversion": {"common", "model", "__init__"},
+    "search": {"common", "evaluate", "evaluation", "model", "zero_shot"},
     "train": {"common", "training"},
     "evaluate": {"common", "data", "evaluation"},
     "export_onnx": {"common", "model"},
     "interpolate": {"common", "evaluate", "evaluation", "model"},
-    "__init__": {"common", "model", "version", "zero_shot", "zero_shot_templates"},
+    "__init__": {"common", "model", "search", "version", "zero_shot", "zero_shot_templates"},
 }
 # What may be imported without a guard in code that travels: Transformers refuses to load it where one is missing.
 TRAVELLING_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 # What an extra brings → the rooms that may import it at their top, where nothing works without it.
 EXTRAS: dict[str, set[str]] = {"accelerate": {"training"}, "gradio": {"demo"}}
 EXTRAS |= {name: set() for name in ("datasets", "fsspec", "matplotlib", "onnx", "onnxruntime", "peft", "sklearn")}
+EXTRAS |= {name: set() for name in ("faiss", "hnswlib")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

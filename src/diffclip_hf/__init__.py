@@ -27,6 +27,7 @@ from .model.modeling_diffclip import (
     DiffCLIPVisionModelWithProjection,
 )
 from .model.processing_diffclip import DiffCLIPProcessor, DiffCLIPTokenizer
+from .search.index import ImageIndex
 from .version import __version__
 from .zero_shot import ZeroShotClassifier
 from .zero_shot_templates import IMAGENET_TEMPLATES, IMAGENET_TEMPLATES_SMALL
@@ -63,6 +64,7 @@ __all__ = [
     "DiffCLIPVisionModelWithProjection",
     "IMAGENET_TEMPLATES",
     "IMAGENET_TEMPLATES_SMALL",
+    "ImageIndex",
     "ZeroShotClassifier",
     "__version__",
     "add_remote_code",

@@ -151,7 +151,19 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=kind, metavar="N", default=argparse.SUPPRESS, help=shown)
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_cache_options(group: argparse._ActionsContainer) -> None:
+    """Add where embeddings are kept, if they are."""
+    group.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        type=Path,
+        help=f"Where embeddings are kept. (default: {str(DEFAULT_FOLDER).replace('%', '%%')})",
+    )
+    group.add_argument("--no-cache", action="store_true", help="Keep no embeddings, and use none.")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add which model it is, and where and how it runs."""
     group = parser.add_argument_group("model")
     group.add_argument("--revision", metavar="NAME", help="A branch, tag or commit of the model on the Hub.")
     add_device_option(group)
@@ -184,16 +196,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="List the presets and stop.")
     parser.add_argument("--output", metavar="FILE.json", type=Path, help="Write all results to this file too.")
-    parser.add_argument(
-        "--cache-dir",
-        metavar="FOLDER",
-        type=Path,
-        help=f"Where embeddings are kept. (default: {str(DEFAULT_FOLDER).replace('%', '%%')})",
-    )
-    parser.add_argument("--no-cache", action="store_true", help="Keep no embeddings, and use none.")
+    add_cache_options(parser)
     _add_data_options(parser)
     _add_task_options(parser)
-    _add_model_options(parser)
+    add_model_options(parser)
     return parser
 
 
@@ -250,6 +256,17 @@ def check_options(args: argparse.Namespace) -> None:
     check_batches(args.batch_size, args.num_workers)
 
 
+def find_cache(args: argparse.Namespace) -> EmbeddingCache:
+    """Return where `add_cache_options` says that embeddings are kept.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    cache = EmbeddingCache(None if args.no_cache else args.cache_dir or DEFAULT_FOLDER)
+    cache.check(mend="Or keep none, with --no-cache.")
+    return cache
+
+
 def load_encoder(args: argparse.Namespace) -> Encoder:
     """Return the model that the command line names, after it's sure that what is found can be written.
 
@@ -257,8 +274,7 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         ValueError: An option doesn't fit the model, or it can't be loaded.
         OSError: The embeddings or the output can't be written.
     """
-    cache = EmbeddingCache(None if args.no_cache else args.cache_dir or DEFAULT_FOLDER)
-    cache.check(mend="Or keep none, with --no-cache.")
+    cache = find_cache(args)
     if args.output is not None:
         check_output_file(args.output)
     return Encoder.from_pretrained(

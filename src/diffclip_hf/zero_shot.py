@@ -40,25 +40,34 @@ logger = logging.get_logger(__name__)
 def image_files(folder: str | os.PathLike) -> list[Path]:
     """List a folder's pictures, those of its sub-folders among them, sorted by path; what is hidden is left out.
 
+    Links to folders aren't followed, and a warning says so; another names a sub-folder that can't be read.
+
     Raises:
         ValueError: It isn't a folder, or has no file whose name ends like a picture's (`IMAGE_SUFFIXES`).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} isn't a folder.")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    found, links = [], []
+    for place, inside, files in os.walk(folder, onerror=_warn_of_unreadable):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        links += [path for name in inside if os.path.islink(path := os.path.join(place, name))]
+        named = [name for name in files if not name.startswith(".")]
+        named = [name for name in named if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        found += [path for name in named if os.path.isfile(path := os.path.join(place, name))]
+    if links:
+        more = f" and {len(links) - 1} more" if len(links) > 1 else ""
+        logger.warning("Links to folders aren't followed: %s%s.", min(links), more)
     if not found:
         raise ValueError(
             f"The folder {str(folder)!r} has no pictures; their names must end in one of "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    return found
+    return sorted(map(Path, found))
+
+
+def _warn_of_unreadable(error: OSError) -> None:
+    logger.warning("The folder %s can't be read: %s.", error.filename, error.strerror)
 
 
 def _is_folder(images: Any) -> bool:
@@ -70,7 +79,7 @@ def _is_encoded(images: Any) -> bool:
     return isinstance(images, Mapping) and len(images) > 0 and images.keys() <= {"bytes", "path"}
 
 
-def _is_single(images: Any) -> bool:
+def is_single(images: Any) -> bool:
     """Say whether something is one image rather than several."""
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim < 4
@@ -92,9 +101,9 @@ def _with_folders_listed(images: Iterable[Any]) -> Iterator[Any]:
             yield image
 
 
-def _sources(images: Any) -> tuple[Iterable[Any], int | None]:
+def image_sources(images: Any) -> tuple[Iterable[Any], int | None]:
     """Return what yields the single images, unread, and how many there are, or None where that isn't known."""
-    if _is_single(images):
+    if is_single(images):
         return [images], 1
     if isinstance(images, Mapping):
         raise ValueError(f"images is a mapping of {', '.join(map(repr, images))}; pass one of its values.")
@@ -312,7 +321,7 @@ class ZeroShotClassifier:
     def __call__(self, images: Any, top_k: int | None = None, image_column: str | None = None) -> list[Any]:
         """Classify images; return what `stream` yields as a list, or its only element for a single image."""
         results = list(self.stream(images, top_k, image_column))
-        return results[0] if _is_single(images) else results
+        return results[0] if is_single(images) else results
 
     def stream(
         self, images: Any, top_k: int | None = None, image_column: str | None = None
@@ -354,7 +363,7 @@ class ZeroShotClassifier:
 
     def _batches(self, images: Any, image_column: str | None) -> Iterator[torch.Tensor]:
         """Yield each batch's logits, (at most batch_size, labels)."""
-        sources, total = _sources(_undecoded(images, image_column))
+        sources, total = image_sources(_undecoded(images, image_column))
         # Whatever else has no length may wait for answers.
         topped_up = total is not None or hasattr(sources, "features")
         rows = self._rows(sources, image_column, whole=topped_up)
@@ -387,7 +396,7 @@ class ZeroShotClassifier:
         There's no lock for what stays as it is.
 
         Args:
-            sources: As `_sources` returns them.
+            sources: As `image_sources` returns them.
             image_column: As in `stream`.
             whole: Whether the sources are there as a whole, rather than made one after the other.
         """
@@ -427,7 +436,7 @@ class ZeroShotClassifier:
             raise _unreadable(index, source, error) from error
 
     def _pixel_values(self, source: Any) -> torch.Tensor:
-        if source is not None and not _is_single(source):
+        if source is not None and not is_single(source):
             raise ValueError(f"it is of type {type(source).__name__}, which isn't an image's, a path's or a URL's.")
         image = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_image(source)
         return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
@@ -501,4 +510,12 @@ class ZeroShotClassifier:
         return torch.cat(chunks)
 
 
-__all__ = ["IMAGE_SUFFIXES", "ZeroShotClassifier", "image_files"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ZeroShotClassifier",
+    "image_files",
+    "image_sources",
+    "is_single",
+    "label_texts",
+    "mean_label_embeds",
+]

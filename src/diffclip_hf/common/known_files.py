@@ -57,7 +57,8 @@ def tells_changes(folder: str, mounts: dict[str, str]) -> bool:
     return next((mounts[str(at)] for at in (place, *place.parents) if str(at) in mounts), None) in TELLING
 
 
-def _all_tell_changes(folders: set[str]) -> bool:
+def all_tell_changes(folders: set[str]) -> bool:
+    """Say whether the file systems of all these folders set a file's ctime at each change."""
     mounts = _mounts()
     return all(tells_changes(folder, mounts) for folder in folders)
 
@@ -66,8 +67,12 @@ def _place(kind: str, key: str) -> Path:
     return FOLDER / f"{kind}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
 
 
-def _signature(path: str) -> list[int]:
-    """Return what tells a file from what it was before, as JSON."""
+def signature_of(path: str) -> list[int]:
+    """Return what tells a file from what it was before, as JSON.
+
+    Raises:
+        OSError: It can't be opened.
+    """
     # NFS asks its server only when a file is opened.
     with open(path, "rb") as file:
         found = os.fstat(file.fileno())
@@ -83,11 +88,11 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def _find_out(path: str, compute: Callable[[str], Any]) -> tuple[Any, list[int] | None]:
+def find_out(path: str, compute: Callable[[str], Any]) -> tuple[Any, list[int] | None]:
     """Return a file's value, and the signature under which it may be kept, if it may."""
-    started, before = time.time_ns(), _signature(path)
+    started, before = time.time_ns(), signature_of(path)
     value = compute(path)
-    settled = before == _signature(path) and started - max(before[2:]) > SETTLED
+    settled = before == signature_of(path) and started - max(before[2:]) > SETTLED
     return value, before if settled else None
 
 
@@ -111,7 +116,7 @@ def known_values(
     if not paths:
         return []
     folders = {os.path.dirname(path) for path in paths}
-    if not _all_tell_changes(folders):
+    if not all_tell_changes(folders):
         return [value for value, _ in _find_all(paths, compute, description)]
     place = _place(kind, os.path.commonpath(list(folders)))
     known = _known(_read_index(place), paths)
@@ -138,12 +143,12 @@ def known_value(kind: str, key: str, paths: Sequence[str], compute: Callable[[],
     Raises:
         OSError: A file isn't there.
     """
-    if not _all_tell_changes({os.path.dirname(path) for path in paths}):
+    if not all_tell_changes({os.path.dirname(path) for path in paths}):
         return compute()
     place = _place(kind, key)
 
     def signatures() -> tuple[str, int]:
-        found = [(path, _signature(path)) for path in paths]
+        found = [(path, signature_of(path)) for path in paths]
         changed = max((time_ns for _, (_, _, *times) in found for time_ns in times), default=0)
         return hashlib.sha256(json.dumps(found).encode()).hexdigest(), changed
 
@@ -169,7 +174,7 @@ def _known(index: dict[str, Any], paths: Sequence[str]) -> list[Any]:
     """Return the entry of each file, None where there is none or it has changed."""
     entries = [index.get(path) for path in paths]
     return [
-        entry if isinstance(entry, list) and entry[0] == _signature(path) else None
+        entry if isinstance(entry, list) and entry[0] == signature_of(path) else None
         for entry, path in zip(entries, paths, strict=True)
     ]
 
@@ -184,7 +189,7 @@ def _find_all(
         logging.tqdm(total=len(paths), desc=description, unit="file", disable=threads < 2) as bar,
     ):
         found = []
-        for one in pool.map(lambda path: _find_out(path, compute), paths):
+        for one in pool.map(lambda path: find_out(path, compute), paths):
             found.append(one)
             bar.update()
     return found
@@ -203,4 +208,4 @@ def _complete(place: Path, paths: Sequence[str], compute: Callable[[str], Any], 
     return [found[path][0] if entry is None else entry[1] for path, entry in zip(paths, known, strict=True)]
 
 
-__all__ = ["known_value", "known_values", "tells_changes"]
+__all__ = ["all_tell_changes", "find_out", "known_value", "known_values", "signature_of", "tells_changes"]

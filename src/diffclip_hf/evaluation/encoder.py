@@ -48,7 +48,7 @@ def text_options(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     }
 
 
-def _check_finite(embeds: torch.Tensor, kind: str) -> torch.Tensor:
+def check_finite(embeds: torch.Tensor, kind: str) -> torch.Tensor:
     """Return embeddings, (rows, width); raise a ValueError where one isn't finite, of which every figure is wrong."""
     if bad := sum(int((~some.isfinite()).any(dim=1).sum()) for some in embeds.split(ROWS_CHECKED)):
         raise ValueError(
@@ -273,16 +273,20 @@ class Encoder:
         with (
             closing(batches),
             logging.tqdm(total=len(dataset), desc="Images", unit="image") as bar,
-            torch.inference_mode(),
         ):
             for pixel_values, digests in batches:
                 digest.update(b"".join(digests))
-                inputs = {"pixel_values": pixel_values.to(self.device, self.model.dtype)}
-                tower = self.model.vision_model if pooled else self.model.get_image_features
-                found = tower(**inputs, return_dict=True).pooler_output.float()
-                embeds.append((found if pooled else normalize(found, dim=-1)).cpu())
+                embeds.append(self.embed_pixels(pixel_values, pooled))
                 bar.update(len(digests))
-        return _check_finite(torch.cat(embeds), "image"), digest.hexdigest()
+        return check_finite(torch.cat(embeds), "image"), digest.hexdigest()
+
+    def embed_pixels(self, pixel_values: torch.Tensor, pooled: bool = False) -> torch.Tensor:
+        """Return the embeddings of a batch of pixel values, as `image_embeds` returns them."""
+        inputs = {"pixel_values": pixel_values.to(self.device, self.model.dtype)}
+        tower = self.model.vision_model if pooled else self.model.get_image_features
+        with torch.inference_mode():
+            found = tower(**inputs, return_dict=True).pooler_output.float()
+            return (found if pooled else normalize(found, dim=-1)).cpu()
 
     def _tokenize(self, texts: Sequence[str]) -> list[Any]:
         """Return the texts' tokens, `TEXT_BATCH_SIZE` at once; say how many texts are cut."""
@@ -296,13 +300,14 @@ class Encoder:
 
     def _encode_texts(self, batches: Sequence[Any], count: int) -> torch.Tensor:
         embeds = []
-        with logging.tqdm(total=count, desc="Texts", unit="text") as bar, torch.inference_mode():
+        disable = len(batches) < 2
+        with logging.tqdm(total=count, desc="Texts", unit="text", disable=disable) as bar, torch.inference_mode():
             for tokens in batches:
                 inputs = {name: value.to(self.device) for name, value in tokens.items()}
                 found = self.model.get_text_features(**inputs, return_dict=True).pooler_output.float()
                 embeds.append(normalize(found, dim=-1).cpu())
                 bar.update(len(found))
-        return _check_finite(torch.cat(embeds), "text")
+        return check_finite(torch.cat(embeds), "text")
 
 
-__all__ = ["Encoder", "check_batches", "check_clip_like", "text_options"]
+__all__ = ["Encoder", "check_batches", "check_clip_like", "check_finite", "text_options"]

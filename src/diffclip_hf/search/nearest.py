@@ -1,0 +1,202 @@
+"""The embeddings that are nearest to a query: all of them compared, or some of them by FAISS or hnswlib."""
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..common.commands import require_extra
+from ..model.image_fetching_diffclip import one_line
+
+
+# How far a float32 product of two vectors of length 1 may be from their cosine similarity.
+ROUNDING = 1e-5
+# Of the approximate ones: how many neighbours they look at, at least; more find more of the nearest and take longer.
+LEAST_LOOKED_AT = 128
+ROWS_AT_ONCE = 65536
+# Scores that are held at once, 128 MB.
+MOST_SCORES = 1 << 25
+
+
+class Nearest(Protocol):
+    """What finds rows that are near to queries."""
+
+    def extend(self, embeds: torch.Tensor) -> None:
+        """Take the rows that it hasn't yet: `embeds` has all, float32, (rows, width), those it has first."""
+
+    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """Yield for each query the indices of the nearest rows, at least `count`, in any order.
+
+        Args:
+            queries: float32, (queries, width).
+            count: How many are needed, no more than there are.
+        """
+
+    def to_bytes(self) -> bytes | None:
+        """Return what `from_bytes` makes the same of, None where the rows are enough."""
+
+    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+        """Become what `to_bytes` returned of these rows."""
+
+
+class Exact:
+    """Compares a query with every row, by a matrix product."""
+
+    def __init__(self) -> None:
+        self.embeds = torch.empty(0, 0)
+
+    def extend(self, embeds: torch.Tensor) -> None:
+        self.embeds = embeds
+
+    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        for some in queries.split(max(1, MOST_SCORES // len(self.embeds))):
+            # By numpy, for torch's products may be in bfloat16, as autocast or the precision that was set asks.
+            for scores in torch.from_numpy(some.numpy() @ self.embeds.numpy().T):
+                least = scores.topk(count).values[-1]
+                # All that may be as near as the last, for what is equally near is ordered by names.
+                yield (scores >= least - 2 * ROUNDING).nonzero()[:, 0]
+
+    def to_bytes(self) -> None:
+        return None
+
+    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+        self.extend(embeds)
+
+
+class Faiss:
+    """Lets FAISS find them.
+
+    Args:
+        factory: What kind of index, as `faiss.index_factory` takes it.
+    """
+
+    def __init__(self, factory: str):
+        require_extra("faiss", "faiss")
+        self.factory = factory
+        self.index: Any = None
+
+    def _use(self, index: Any) -> None:
+        self.index = index
+        if hasattr(index, "hnsw"):
+            index.hnsw.efSearch = LEAST_LOOKED_AT
+
+    def extend(self, embeds: torch.Tensor) -> None:
+        import faiss
+
+        if self.index is None:
+            try:
+                self._use(faiss.index_factory(embeds.shape[1], self.factory, faiss.METRIC_INNER_PRODUCT))
+                self.index.train(embeds.numpy())
+            # Of a name that it doesn't know, or of more clusters than there are rows.
+            except RuntimeError as error:
+                self.index = None
+                reason = str(error).split("Error: ")[-1]
+                raise ValueError(f"FAISS can't make an index {self.factory!r}: {reason}") from error
+        if len(embeds) > self.index.ntotal:
+            self.index.add(embeds[self.index.ntotal :].numpy())
+
+    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        if hasattr(self.index, "hnsw"):
+            self.index.hnsw.efSearch = max(LEAST_LOOKED_AT, 2 * count)
+        for rows in torch.from_numpy(self.index.search(queries.numpy(), count)[1]):
+            # Where it finds fewer, it fills up with -1.
+            yield rows[rows >= 0]
+
+    def to_bytes(self) -> bytes:
+        import faiss
+
+        return faiss.serialize_index(self.index).tobytes()
+
+    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+        import faiss
+
+        try:
+            self._use(faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8)))
+        except RuntimeError as error:
+            raise ValueError(f"FAISS can't read its part of the index: {one_line(error, 300)}") from error
+        self.extend(embeds)
+
+
+class Hnswlib:
+    """Lets hnswlib find them."""
+
+    def __init__(self) -> None:
+        require_extra("hnswlib", "hnswlib")
+        self.index: Any = None
+
+    def extend(self, embeds: torch.Tensor) -> None:
+        import hnswlib
+
+        if self.index is None:
+            self.index = hnswlib.Index(space="ip", dim=embeds.shape[1])
+            self.index.init_index(max_elements=len(embeds), ef_construction=200, M=16)
+        count = self.index.get_current_count()
+        if len(embeds) > count:
+            if len(embeds) > self.index.get_max_elements():
+                self.index.resize_index(math.ceil(1.5 * len(embeds)))
+            self.index.add_items(embeds[count:].numpy(), np.arange(count, len(embeds)))
+
+    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        self.index.set_ef(max(LEAST_LOOKED_AT, 2 * count))
+        yield from torch.from_numpy(self.index.knn_query(queries.numpy(), k=count)[0].astype(np.int64))
+
+    def to_bytes(self) -> bytes:
+        # It writes to files alone.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "index")
+            self.index.save_index(str(path))
+            return path.read_bytes()
+
+    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+        import hnswlib
+
+        self.index = hnswlib.Index(space="ip", dim=embeds.shape[1])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "index")
+            path.write_bytes(data)
+            self.index.load_index(str(path), max_elements=len(embeds))
+        self.extend(embeds)
+
+
+def make_nearest(backend: str) -> Nearest:
+    """Return what a backend's name stands for: `exact`, `hnswlib`, `faiss`, or `faiss:` and a factory's string.
+
+    Raises:
+        ValueError: There's no such backend.
+        ImportError: Its package isn't installed.
+    """
+    name, _, factory = backend.partition(":") if isinstance(backend, str) else (None, "", "")
+    if name == "faiss":
+        return Faiss(factory or "HNSW32")
+    if factory or name not in ("exact", "hnswlib"):
+        raise ValueError(
+            f"backend is {backend!r}; it must be 'exact', 'faiss', 'hnswlib', or 'faiss:' and what "
+            "faiss.index_factory takes."
+        )
+    return Exact() if name == "exact" else Hnswlib()
+
+
+def ranked(
+    embeds: torch.Tensor, names: Sequence[str], query: torch.Tensor, rows: torch.Tensor, count: int
+) -> list[tuple[float, str]]:
+    """Return the best of some rows, with their scores: in float64, and equal ones by their names.
+
+    Args:
+        embeds: float32, (rows, width).
+        names: Each row's.
+        query: float32, (width,).
+        rows: Which rows.
+        count: How many to return.
+    """
+    vector = query.double()
+    parts = [(embeds[some].double() * vector).sum(dim=1) for some in rows.split(ROWS_AT_ONCE)]
+    scores = torch.cat(parts).tolist()
+    pairs = sorted(zip(scores, (names[row] for row in rows.tolist()), strict=True), key=lambda one: (-one[0], one[1]))
+    return pairs[:count]
+
+
+__all__ = ["Nearest", "make_nearest", "ranked"]
