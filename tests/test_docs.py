@@ -120,6 +120,27 @@ def test_what_the_readme_says_is_found(python):
     assert python("-c", code).splitlines()[-1] == re.findall(r"# (.*)", code)[-1]
 
 
+def best_paths(printed: str) -> dict[tuple[str, ...], str]:
+    """The first path of each query."""
+    found: dict[tuple[str, ...], str] = {}
+    for line in printed.splitlines():
+        _, path, *query = line.split("\t")
+        found.setdefault(tuple(query), path)
+    return found
+
+
+def test_the_searches_of_the_guide(python, clone):
+    """The best of each query; its score and the others may change with the embedded model."""
+    text = (ROOT / "docs" / "guides" / "search.md").read_text(encoding="utf-8")
+    searches = re.findall(r"```bash\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    assert len(searches) == 2
+    for command, said in searches:
+        words = shlex.split(command.replace("\\\n", " "))
+        printed = python(*words[1:], "--cache-dir", "my-cache")
+        assert best_paths(printed) == best_paths(said)
+    assert (clone / "found.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("epochs", "accuracy"),
     [

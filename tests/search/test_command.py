@@ -127,6 +127,12 @@ def test_what_cant_work_is_one_line(arguments, words, search, folder):
     assert "\n" not in messages[-1]
 
 
+def test_a_sheet_in_the_folder_is_warned_of(search, folder):
+    status, _, messages = search(folder, "dog", "--sheet", folder / "sub" / "found.png", "--top", 1)
+    assert status == 0
+    assert "The contact sheet lies in the folder, so it's one of the pictures the next time." in messages
+
+
 def test_no_argument_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["folder", "dog"])

@@ -94,6 +94,8 @@ def check_options(args: argparse.Namespace) -> None:
     folder = check_path(args.folder, "FOLDER")
     if not folder.is_dir():
         raise ValueError(f"FOLDER is {args.folder!r}, which isn't a folder.")
+    if args.sheet is not None and folder.resolve() in args.sheet.expanduser().resolve().parents:
+        logger.warning("The contact sheet lies in the folder, so it's one of the pictures the next time.")
     args.folder = folder
 
 

@@ -1,6 +1,7 @@
 """Pictures that are embedded once, and searched by texts, pictures or embeddings."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -185,7 +186,7 @@ class ImageIndex:
                 found = [_name_of(source, index) for index, source in enumerate(sources)]
             rows = self._embed(sources, found, skip_unreadable)
         if len(set(found)) < len(found):
-            raise ValueError(f"The name {next(name for name in found if found.count(name) > 1)!r} is given twice.")
+            raise ValueError(f"The name {Counter(found).most_common(1)[0][0]!r} is given twice.")
         width = self._width()
         if rows and width not in (None, len(next(iter(rows.values())))):
             raise ValueError(f"The embeddings have {len(next(iter(rows.values())))} numbers; the index has {width}.")

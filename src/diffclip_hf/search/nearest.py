@@ -89,13 +89,13 @@ class Faiss:
 
         if self.index is None:
             try:
-                self._use(faiss.index_factory(embeds.shape[1], self.factory, faiss.METRIC_INNER_PRODUCT))
-                self.index.train(embeds.numpy())
+                made = faiss.index_factory(embeds.shape[1], self.factory, faiss.METRIC_INNER_PRODUCT)
+                made.train(embeds.numpy())
             # Of a name that it doesn't know, or of more clusters than there are rows.
             except RuntimeError as error:
-                self.index = None
                 reason = str(error).split("Error: ")[-1]
                 raise ValueError(f"FAISS can't make an index {self.factory!r}: {reason}") from error
+            self._use(made)
         if len(embeds) > self.index.ntotal:
             self.index.add(embeds[self.index.ntotal :].numpy())
 

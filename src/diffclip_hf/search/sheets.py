@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..model.image_reading_diffclip import read_image
 from .index import Match
@@ -48,8 +48,7 @@ def draw_sheet(queries: Sequence[str], results: Sequence[Sequence[Match]]) -> Im
         top += LINE + GAP
         for index, match in enumerate(found):
             left, upper = GAP + index % columns * (CELL + GAP), top + index // columns * (CELL + 2 * LINE + GAP)
-            picture = read_image(match.name)
-            picture.thumbnail((CELL, CELL))
+            picture = ImageOps.contain(read_image(match.name), (CELL, CELL))
             sheet.paste(picture, (left + (CELL - picture.width) // 2, upper + (CELL - picture.height) // 2))
             draw.rectangle((left - 1, upper - 1, left + CELL, upper + CELL), outline="#dadce0")
             draw.text((left, upper + CELL + 3), f"{match.score:.3f}", INK, font)
