@@ -253,8 +253,13 @@ def read_where(_: int) -> tuple[torch.Tensor, tuple[int, int]]:
     return torch.empty(1, 1), (os.getpid(), torch.get_num_threads())
 
 
-def test_where_no_process_can_be_forked_threads_read():
-    """In another thread and in a daemonic process, which may have no children; and where torch is on a device."""
+def no_lock(*_: Any, **__: Any) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+def test_where_no_process_can_be_forked_threads_read(monkeypatch):
+    """In another thread and in a daemonic process, which may have no children; where torch is on a device; and where
+    the system has no place for locks."""
 
     def seen() -> set:
         batches = read_batches(range(40), read_where, 2, 2, sendable=True)
@@ -269,7 +274,10 @@ def test_where_no_process_can_be_forked_threads_read():
     thread.join()
     with torch.device("meta"):
         found.append(seen())
-    assert found == [here, here]
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.synchronize.SemLock.__init__", no_lock)
+        found.append(seen())
+    assert found == [here, here, here]
     receiving, sending = FORK.Pipe(duplex=False)
     forked(lambda: sending.send((os.getpid(), seen())), daemon=True)
     pid, there = receiving.recv()

@@ -72,7 +72,8 @@ def read_batches(
         topped_up: As in `read_ahead`; if it's off, a batch is read at a time.
         sendable: Whether the items, and what `read` returns of them, can be sent to another process and back. If so,
             processes read 16 items and more, on Linux, in the main thread of a process that may have others (a
-            daemonic one may not) and where torch's default device is the CPU; elsewhere threads do.
+            daemonic one may not), where /dev/shm can be written and torch's default device is the CPU; elsewhere
+            threads do.
         gives_way: Whether processes leave the cores to what the caller computes there, when both want them: the
             threads of a model on the CPU wait for each other, so that one that's held up holds up all.
 
@@ -108,12 +109,19 @@ def _joined(rows: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 def _can_fork() -> bool:
     """Say whether processes can be forked here: on Linux, in the main thread of a process that may have others."""
-    return (
-        sys.platform == "linux"
-        and threading.current_thread() is threading.main_thread()
-        and not multiprocessing.current_process().daemon
-        and torch.get_default_device().type == "cpu"
-    )
+    if (
+        sys.platform != "linux"
+        or threading.current_thread() is not threading.main_thread()
+        or multiprocessing.current_process().daemon
+        or torch.get_default_device().type != "cpu"
+    ):
+        return False
+    # They lock their queues, for which the system needs a /dev/shm that can be written, but next to nothing of it.
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _place(memory: torch.Tensor, first: int, rows: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
