@@ -1,15 +1,22 @@
 """Time the reading of pictures for zero-shot classification: one process, one a core, and torch's `DataLoader`.
 
-python benchmarks/reading.py [--rounds 7] [--workers 2] [--output benchmarks/reading.json]
+python benchmarks/reading.py [--only "500x375 Pillow"] [--rounds 7] [--workers 2] [--output benchmarks/reading.json]
 
 What is read are JPEGs of 500×375 and of 12 megapixels (4000×3000), mosaics of the two photographs that
 scikit-learn brings, each turned and cut at random, so that they have the texture of photographs. They go through
 `ZeroShotClassifier` with a model that costs nothing; and through a `DataLoader` with as many worker processes, whose
-collator calls the same functions. A round times each once, and starts the next with another; the medians are
-compared. Each time has the start of its processes, and of the `DataLoader` it's also given from the first batch on.
-The whole classifier, with the embedded model, is timed on the small pictures.
+collator calls the same functions. What the machine can do is the rate of as many processes that each read a part on
+their own, one picture after the other, with nothing between them. A round times each once, and starts the next with
+another; the medians of the rounds' ratios are compared. Each time has the start of its processes, and of the
+`DataLoader` it's also given from the first batch on. The processor's seconds are this process's and its children's.
+
+The whole classifier, with the embedded model, is timed on the small pictures. `--only` measures one part, and keeps
+what the report has of the others.
 """
 
+import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -35,7 +42,10 @@ from diffclip_hf.model.image_reading_diffclip import read_image
 GOAL = 0.9
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "diffclip-emoji"
 # Width, height, how many, and how often each is read in a round.
-SIZES = {"500x375": (500, 375, 64, 16), "12 megapixels": (4000, 3000, 8, 2)}
+SIZES = {"500x375": (500, 375, 64, 16), "12 megapixels": (4000, 3000, 8, 3)}
+BACKENDS = {"torchvision": DiffCLIPImageProcessor, "Pillow": DiffCLIPImageProcessorPil}
+WHOLE = "classifier"
+PARTS = [*(f"{size} {backend}" for size in SIZES for backend in BACKENDS), WHOLE]
 BATCH = 8
 
 
@@ -85,11 +95,16 @@ class Collator:
         return torch.cat([row["pixel_values"] for row in rows])
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Return how long something takes."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    """Return how long something takes, and the processor's seconds of this process and of its children that ended."""
+    start, used = time.perf_counter(), processor_seconds()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds() - used
+
+
+def processor_seconds() -> float:
+    """Return the processor's seconds up to now, of this process and its children that ended."""
+    return sum(os.times()[:4])
 
 
 def loader_seconds(paths: list[str], image_processor: Any, workers: int) -> tuple[float, float]:
@@ -101,6 +116,17 @@ def loader_seconds(paths: list[str], image_processor: Any, workers: int) -> tupl
     rest = sum(len(batch) for batch in batches)
     end = time.perf_counter()
     return end - start, (end - started) * (first + rest) / rest
+
+
+def read_apart(classifier: ZeroShotClassifier, paths: list[str], workers: int) -> None:
+    """Read a part in each of several processes, which have nothing to do with each other."""
+    context = multiprocessing.get_context("fork")
+    parts = [paths[number::workers] for number in range(workers)]
+    processes = [context.Process(target=classifier.logits, args=(part,)) for part in parts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 def rate(count: int, times: list[float]) -> float:
@@ -115,32 +141,35 @@ def measure_reading(paths: list[str], image_processor: Any, tokenizer: Any, work
         ZeroShotClassifier(NoModel(), processor, ["a"], batch_size=BATCH, num_workers=n, progress_bar=False)  # type: ignore
         for n in (1, workers)
     )
-    times: dict[str, list[float]] = {"one": [], "several": [], "loader": [], "started": []}
-
-    def time_loader() -> None:
-        whole, started = loader_seconds(paths, image_processor, workers)
-        times["loader"].append(whole)
-        times["started"].append(started)
-
-    steps = [
-        lambda: times["one"].append(seconds(lambda: alone.logits(paths))),
-        lambda: times["several"].append(seconds(lambda: several.logits(paths))),
-        time_loader,
-    ]
+    ways: dict[str, Callable[[], Any]] = {
+        "one": lambda: alone.logits(paths),
+        "several": lambda: several.logits(paths),
+        "data_loader": lambda: started.append(loader_seconds(paths, image_processor, workers)[1]),
+        "apart": lambda: read_apart(alone, paths, workers),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    used: dict[str, list[float]] = {way: [] for way in ways}
+    started: list[float] = []
     alone.logits(paths[:8])
     for number in range(rounds):
-        for step in steps[number % 3 :] + steps[: number % 3]:
-            step()
+        order = list(ways)
+        for way in order[number % 4 :] + order[: number % 4]:
+            wall, processor_time = seconds(ways[way])
+            times[way].append(wall)
+            used[way].append(processor_time)
     ratios = sorted(one / many for one, many in zip(times["one"], times["several"], strict=True))
+    apart = [one / many for one, many in zip(times["one"], times["apart"], strict=True)]
     ratio = statistics.median(ratios)
     return {
-        "one": rate(len(paths), times["one"]),
-        "several": rate(len(paths), times["several"]),
-        "data_loader": rate(len(paths), times["loader"]),
+        "rounds": rounds,
+        "pictures": len(paths),
+        **{way: rate(len(paths), times[way]) for way in ways},
         # Of few batches the rest are read when the first one is there.
-        "data_loader_once_started": rate(len(paths), times["started"]) if len(paths) >= 20 * BATCH else None,
+        "data_loader_once_started": rate(len(paths), started) if len(paths) >= 20 * BATCH else None,
+        "processor_ms": {way: round(1000 * statistics.median(used[way]) / len(paths), 2) for way in ways},
         "times_one": round(ratio, 2),
         "times_one_of_all_rounds": [round(one, 2) for one in ratios],
+        "apart_times_one": round(statistics.median(apart), 2),
         "share_of_workers": round(ratio / workers, 2),
     }
 
@@ -156,29 +185,45 @@ def measure_classifier(paths: list[str], workers: int, rounds: int) -> dict:
     classifiers[0].logits(paths[:8])
     for number in range(rounds):
         for which in (0, 1) if number % 2 else (1, 0):
-            times[which].append(seconds(lambda which=which: classifiers[which].logits(paths)))  # type: ignore
-    return {"one": rate(len(paths), times[0]), "several": rate(len(paths), times[1])}
+            times[which].append(seconds(lambda which=which: classifiers[which].logits(paths))[0])  # type: ignore
+    ratios = sorted(one / many for one, many in zip(*times, strict=True))
+    return {
+        "rounds": rounds,
+        "one": rate(len(paths), times[0]),
+        "several": rate(len(paths), times[1]),
+        "times_one": round(statistics.median(ratios), 2),
+        "times_one_of_all_rounds": [round(one, 2) for one in ratios],
+    }
 
 
-def measure(workers: int, rounds: int, share: float) -> dict[str, Any]:
-    """Return the measurement, with the machine that it was taken on; `share` of the pictures are read."""
+def measure(parts: list[str], workers: int, rounds: int, share: float, before: dict[str, Any]) -> dict[str, Any]:
+    """Return the report, with the machine that it was taken on; `share` of the pictures are read.
+
+    Args:
+        parts: Which of `PARTS` are measured.
+        workers: How many processes.
+        rounds: How many rounds.
+        share: Of the pictures.
+        before: A report whose other parts are kept.
+    """
     tokenizer = AutoProcessor.from_pretrained(EMBEDDED).tokenizer
-    reading: dict[str, Any] = {}
+    reading: dict[str, Any] = before.get("pictures_per_second", {})
+    whole = before.get("whole_classifier_500x375")
     with tempfile.TemporaryDirectory() as folder:
-        for name, (width, height, count, times) in SIZES.items():
+        for size, (width, height, count, times) in SIZES.items():
+            here = [backend for backend in BACKENDS if f"{size} {backend}" in parts]
+            if not here and (size != "500x375" or WHOLE not in parts):
+                continue
             files = make_pictures(Path(folder), width, height, count)
             paths = (files * times)[: max(2 * BATCH, round(len(files) * times * share))]
-            if name == "500x375":
-                small = paths
-            reading[name] = {
-                backend.__name__: measure_reading(paths, backend(), tokenizer, workers, rounds)
-                for backend in (DiffCLIPImageProcessor, DiffCLIPImageProcessorPil)
-            }
-        whole = measure_classifier(small, workers, rounds)
+            for backend in here:
+                found = measure_reading(paths, BACKENDS[backend](), tokenizer, workers, rounds)
+                reading.setdefault(size, {})[backend] = found
+            if size == "500x375" and WHOLE in parts:
+                whole = measure_classifier(paths, workers, rounds)
     return {
         "workers": workers,
         "usable_cores": usable_cores(),
-        "rounds": rounds,
         "batch_size": BATCH,
         "pictures_per_second": reading,
         "whole_classifier_500x375": whole,
@@ -190,11 +235,13 @@ def measure(workers: int, rounds: int, share: float) -> dict[str, Any]:
 def main() -> int:
     """Run the measurement; return 1 where several processes reach less of the workers than the goal."""
     parser = make_parser(__doc__, __file__)
+    parser.add_argument("--only", choices=PARTS, help="measure one part, and keep the others of the report")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes, and the DataLoader's")
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures, for a quick look")
     args = parser.parse_args()
-    result = measure(args.workers, args.rounds, args.share)
+    before = json.loads(args.output.read_text(encoding="utf-8")) if args.only and args.output.exists() else {}
+    result = measure([args.only] if args.only else PARTS, args.workers, args.rounds, args.share, before)
     write_report(args.output, result)
     shares = []
     for size, backends in result["pictures_per_second"].items():
@@ -202,12 +249,16 @@ def main() -> int:
             shares.append(row["share_of_workers"])
             sys.stdout.write(
                 f"{size}, {name}: {row['one']} pictures/s by one, {row['several']} by {args.workers} "
-                f"({row['times_one']} times); DataLoader {row['data_loader']}, once started "
-                f"{row['data_loader_once_started']}\n"
+                f"({row['times_one']} times), {row['apart']} by {args.workers} apart ({row['apart_times_one']}); "
+                f"DataLoader {row['data_loader']}, once started {row['data_loader_once_started']}; "
+                f"processor's ms a picture {row['processor_ms']}\n"
             )
-    whole = result["whole_classifier_500x375"]
-    sys.stdout.write(f"the whole classifier: {whole['one']} by one, {whole['several']} by several\n")
-    return int(min(shares) < GOAL)
+    if whole := result["whole_classifier_500x375"]:
+        sys.stdout.write(
+            f"the whole classifier: {whole['one']} by one, {whole['several']} by {args.workers} "
+            f"({whole['times_one']} times)\n"
+        )
+    return int(min(shares, default=GOAL) < GOAL)
 
 
 if __name__ == "__main__":
