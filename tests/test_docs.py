@@ -28,7 +28,7 @@ BLOCKS = [
     for language, code in re.findall(r"```(python|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 ]
 # Tests of their own, below: what needs many steps, what a command has written before, or what may not be installed.
-OWN = ("load_digits", "onnxruntime", "diffclip-vitb16", "fastapi")
+OWN = ("load_digits", "onnxruntime", "diffclip-vitb16", "fastapi", "build/embeddings")
 # Run from its beginning to its end, for each step needs what another has written.
 FORGET = "docs/guides/forget.md"
 PYTHON: list[tuple[str, str]] = []
@@ -180,6 +180,14 @@ def test_a_checkpoint_on_disk_is_converted(clone, python):
     python(*words)
     assert (clone / "diffclip-vitb16" / "model.safetensors").is_file()
     python("-c", one_block(CONVERT, '"diffclip-vitb16"'))
+
+
+def test_a_set_is_embedded_and_read(python):
+    page = "docs/guides/embed.md"
+    (words,) = (words for _, words in commands(page) if "diffclip_hf.embed" in words)
+    python(*words)
+    code = one_block(page, "np.load")
+    assert python("-c", code).splitlines() == re.findall(r"# (.*)", code)
 
 
 def test_onnx_snippets(python):

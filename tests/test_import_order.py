@@ -27,6 +27,7 @@ ARROWS = {
     "search": {"common", "evaluate", "evaluation", "model", "zero_shot"},
     "train": {"common", "training"},
     "evaluate": {"common", "data", "evaluation"},
+    "embed": {"common", "data", "evaluate", "evaluation", "model"},
     "export_onnx": {"common", "model"},
     "interpolate": {"common", "evaluate", "evaluation", "model"},
     "__init__": {"common", "model", "search", "version", "zero_shot", "zero_shot_templates"},

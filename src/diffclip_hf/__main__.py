@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model, or fine-tune one, on pictures with captions or classes",
     "evaluate": "measure models: zero-shot, retrieval, linear probes, few-shot, MMVP",
     "search": "search a folder of pictures by text, or by a picture",
+    "embed": "embed tar shards, folders or data sets on many processes, as clip-retrieval does",
     "interpolate": "mix the weights of two models, or measure what lies between them",
     "demo": "try models on a page in the browser, or write that page as a Hugging Face Space",
     "export_onnx": "export a model's two towers to ONNX, in float32 and int8",

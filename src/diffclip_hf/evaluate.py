@@ -63,9 +63,11 @@ def _count_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
-def add_split_and_columns(group: argparse._ActionsContainer, held: Mapping[str, str]) -> None:
-    """Add what is measured of a data set: its split, and for each kind of column what it holds."""
-    group.add_argument("--split", metavar="NAME", help="The split to measure. (default: test)")
+def add_split_and_columns(
+    group: argparse._ActionsContainer, held: Mapping[str, str], split: str = "The split to measure. (default: test)"
+) -> None:
+    """Add what is used of a data set: its split, and for each kind of column what it holds."""
+    group.add_argument("--split", metavar="NAME", help=split)
     for column, content in held.items():
         group.add_argument(f"--{column}-column", metavar="NAME", help=f"The column that has the {content}.")
 

@@ -10,14 +10,13 @@ those of Transformers' `TrainingArguments`.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
-from .common.commands import run_command, stop_without_extra
+from .common.commands import run_command, stop_without_extra, warn_of_one_process
 from .common.loading import check_path
 from .common.machine import cpu_has_bf16
 from .common.whole_files import check_output_file
@@ -70,16 +69,6 @@ def resume_point(training_args: DiffCLIPTrainingArguments) -> str | None:
     return found
 
 
-def _warn_of_one_process() -> None:
-    """Warn where several processes were asked for, and one was started."""
-    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        # What `accelerate launch --num_processes 2` leaves where it finds no GPU, without a word.
-        logger.warning(
-            "accelerate started one process, though it was asked for several: without GPUs it starts them with "
-            "--multi_gpu, or use torchrun; and pass --use_cpu."
-        )
-
-
 def _warn_of_slow_bf16(training_args: DiffCLIPTrainingArguments) -> None:
     """Warn where bfloat16 is asked of a processor that has no instructions for it."""
     if training_args.bf16 and training_args.device.type == "cpu" and not cpu_has_bf16():
@@ -122,7 +111,7 @@ def run(
         ValueError: An option doesn't fit the others, the data or the model.
         FloatingPointError, OSError: As `DiffCLIPTrainer.train` raises.
     """
-    _warn_of_one_process()
+    warn_of_one_process("--use_cpu")
     _warn_of_slow_bf16(training_args)
     checkpoint = resume_point(training_args)
     _check_output(training_args)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.util
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -68,6 +69,22 @@ def add_device_option(parser: argparse._ActionsContainer) -> None:
         default=default_device(),
         help="Where the model runs, such as cpu or cuda:1. (default: cuda where there is a GPU, else cpu)",
     )
+
+
+def warn_of_one_process(option: str, log: logging.Logger = logger) -> None:
+    """Warn where `accelerate launch` was asked for several processes, and started one.
+
+    Args:
+        option: What has a command run on the CPU.
+        log: Where the warning goes.
+    """
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        # What `accelerate launch --num_processes 2` leaves where it finds no GPU, without a word.
+        log.warning(
+            "accelerate started one process, though it was asked for several: without GPUs it starts them with "
+            "--multi_gpu, or use torchrun; and pass %s.",
+            option,
+        )
 
 
 def started_as(module: str) -> str:
@@ -145,4 +162,5 @@ __all__ = [
     "run_command",
     "started_as",
     "stop_without_extra",
+    "warn_of_one_process",
 ]

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from ..model.image_reading_diffclip import open_image, read_encoded, to_rgb
-from .counts import SkipCounts, non_empty_captions
+from .counts import CAPTION_KINDS, SkipCounts, non_empty_captions
 from .crops import decode_crop
 
 
@@ -201,7 +201,7 @@ class ImageTextCollator(_ImageCollator):
         TypeError: An image is already decoded, a label isn't an index, `train` is missing, or `processor` is none.
     """
 
-    kinds = ("empty_captions", "undecodable_captions")
+    kinds = CAPTION_KINDS
     target_column = "caption_column"
     missing_reason = "it has no caption"
 

@@ -1,6 +1,6 @@
 """Counting what training has to pass over, in whichever process it is met."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from ..model.processing_diffclip import check_text
 
 logger = logging.get_logger(__name__)
 
+# What a sample without a caption of use is counted as.
+CAPTION_KINDS = ("empty_captions", "undecodable_captions")
 # Fewer than this many samples say too little of the share that is skipped.
 LEAST_SEEN = 1000
 # A worker counts in a row of its own, since adding to a number that another process adds to may lose one of the two.
@@ -68,6 +70,22 @@ class SkipCounts:
                 "counted."
             )
 
+    def captions(self, which: str, read: Callable[[], Any]) -> list[str]:
+        """Return those of a sample's captions that say something; where there are none, count it as skipped.
+
+        Args:
+            which: The sample's name.
+            read: Returns its captions, as `non_empty_captions` takes them, or raises a ValueError.
+        """
+        try:
+            said = non_empty_captions(read())
+        except ValueError as error:
+            self.skip("undecodable_captions", which, str(error))
+            return []
+        if not said:
+            self.skip("empty_captions", which, "it has no caption")
+        return said
+
     def check(self, counts: Mapping[str, int] | None = None, least_seen: int = LEAST_SEEN) -> None:
         """Raise a ValueError if too many of at least `least_seen` samples were skipped.
 
@@ -109,4 +127,4 @@ def non_empty_captions(captions: Any) -> list[str]:
     return said
 
 
-__all__ = ["SharedCounts", "SkipCounts", "non_empty_captions", "require_share"]
+__all__ = ["CAPTION_KINDS", "SharedCounts", "SkipCounts", "non_empty_captions", "require_share"]

@@ -13,10 +13,10 @@ import torch
 from transformers.utils import logging
 
 from ..common.known_files import known_values
-from .counts import SkipCounts, non_empty_captions, require_share
+from .counts import CAPTION_KINDS, SkipCounts, require_share
 from .shard_division import Part
 from .shard_files import is_url
-from .shard_samples import IMAGE_EXTENSIONS, BrokenShardError, caption_of, read_shard
+from .shard_samples import BrokenShardError, caption_of, image_of, read_shard
 from .shard_sizes import THREADS, stated_sizes
 
 
@@ -65,13 +65,20 @@ class BrokenShards:
     def names(self) -> str:
         return ", ".join(self.shards[number] for number in self._broken.nonzero().flatten().tolist())
 
+    def __contains__(self, number: int) -> bool:
+        return bool(self._broken[number])
+
+    def mark(self, number: int) -> None:
+        """Count a shard as broken that is known to be so."""
+        self._broken[number] = True
+
     def report(self, number: int, error: BrokenShardError) -> None:
         """Log, the first time, that a shard is broken."""
-        if not self._broken[number]:
+        if number not in self:
             logger.error(
                 f"The shard {self.shards[number]} is broken after {error.samples_read} samples: {error.reason}"
             )
-        self._broken[number] = True
+        self.mark(number)
 
     def check(self, numbers: Sequence[int]) -> None:
         """Raise a ValueError if more than the allowed share of these shards is broken."""
@@ -91,20 +98,32 @@ class ShardRows:
             through once.
         max_skipped_share: See `SkipCounts`.
         max_broken_share: See `BrokenShards`.
+        count: Whether a shard is read through where no file says how many samples it has. Else 0 are expected of it.
+        skipped: What counts, by default a `SkipCounts` of its own.
 
     Raises:
         ValueError: A file beside a shard isn't what it should be, or too many shards are broken.
     """
 
-    def __init__(self, shards: Sequence[str], max_skipped_share: float, max_broken_share: float):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        max_skipped_share: float,
+        max_broken_share: float,
+        *,
+        count: bool = True,
+        skipped: SkipCounts | None = None,
+    ):
         self.shards = shards
         self.broken = BrokenShards(shards, max_broken_share)
-        self.skipped = SkipCounts(("empty_captions", "undecodable_captions"), max_skipped_share)
-        self.sizes = np.array(self._find_sizes(), dtype=np.int64)
-
-    def _find_sizes(self) -> list[int]:
-        """Return how many samples each shard has, by reading those through of which it isn't known."""
+        self.skipped = skipped or SkipCounts(CAPTION_KINDS, max_skipped_share)
         sizes = stated_sizes(self.shards)
+        if count:
+            self._count_unknown(sizes)
+        self.sizes = np.array([size or 0 for size in sizes], dtype=np.int64)
+
+    def _count_unknown(self, sizes: list[int | None]) -> None:
+        """Enter how many samples the shards have of which it isn't known, by reading them through."""
         unknown = [number for number, size in enumerate(sizes) if size is None]
         if unknown:
             logger.warning(
@@ -116,7 +135,6 @@ class ShardRows:
             if reason is not None:
                 self.broken.report(number, BrokenShardError(reason, size))
         self.broken.check(range(len(self.shards)))
-        return [size or 0 for size in sizes]
 
     def samples(
         self, number: int, wanted: Callable[[int], bool], judged: Sequence[int], stop: float = math.inf
@@ -144,20 +162,17 @@ class ShardRows:
             ValueError: Too many samples had to be passed over.
         """
         self.skipped.see()
-        key = f"{self.shards[number]}/{sample['key']}"
-        try:
-            caption = caption_of(sample)
-            said = non_empty_captions(caption)
-        except ValueError as error:
-            self.skipped.skip("undecodable_captions", key, str(error))
-            self.skipped.check()
-            return None
+        key = self.key(number, sample)
+        said = self.skipped.captions(key, lambda: caption_of(sample))
         if not said:
-            self.skipped.skip("empty_captions", key, "it has no caption")
             self.skipped.check()
             return None
-        image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
-        return {"image": {"bytes": image, "path": None}, "caption": caption, "key": key}
+        caption = said if len(said) > 1 else said[0]
+        return {"image": {"bytes": image_of(sample), "path": None}, "caption": caption, "key": key}
+
+    def key(self, number: int, sample: Mapping[str, Any]) -> str:
+        """Return the name of a shard's sample."""
+        return f"{self.shards[number]}/{sample['key']}"
 
     def of_parts(self, parts: Sequence[Part], judged: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield the rows of parts of shards; the broken ones are judged against all of `judged`."""

@@ -97,13 +97,23 @@ def caption_of(sample: Mapping[str, Any]) -> Any:
     """
     if "txt" in sample:
         return sample["txt"].decode("utf-8")
+    return fields_of(sample).get("caption")
+
+
+def image_of(sample: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a sample's picture."""
+    return next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
+
+
+def fields_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a sample's `json` holds, nothing where it has none; raise a ValueError if it isn't an object."""
     try:
         fields = json.loads(sample.get("json") or b"{}")
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
     if not isinstance(fields, dict):
         raise ValueError(f"the JSON is of type {type(fields).__name__} rather than an object")
-    return fields.get("caption")
+    return fields
 
 
-__all__ = ["IMAGE_EXTENSIONS", "BrokenShardError", "caption_of", "read_shard"]
+__all__ = ["IMAGE_EXTENSIONS", "BrokenShardError", "caption_of", "fields_of", "image_of", "read_shard"]

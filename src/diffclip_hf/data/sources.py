@@ -65,9 +65,14 @@ def _two_columns(
         "image": _choose_column(dataset.column_names, IMAGE_COLUMNS, image_column, "image_column"),
         target: _choose_column(dataset.column_names, usual, told, f"{target}_column"),
     }
+    return _with_columns(dataset, chosen), chosen[target]
+
+
+def _with_columns(dataset: "datasets.Dataset", chosen: Mapping[str, str]) -> "datasets.Dataset":
+    """Return the columns `chosen` alone, new name → old, of which `image` is undecoded."""
     # First, for a stream would decode its images, and encode them anew, to rename their column.
     dataset = _as_images(dataset, chosen["image"]).select_columns(list(chosen.values()))
-    return dataset.rename_columns({old: new for new, old in chosen.items() if old != new}), chosen[target]
+    return dataset.rename_columns({old: new for new, old in chosen.items() if old != new})
 
 
 def _no_such_split(source: str, split: str, splits: Iterable[str]) -> ValueError:
@@ -192,6 +197,40 @@ def load_image_text_dataset(
     return dataset
 
 
+def load_pictures(
+    source: str,
+    *,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    captions: bool = True,
+) -> "tuple[datasets.Dataset, list[Path]]":
+    """Open pictures, with their captions where they have any, that aren't in tar shards.
+
+    Returns a map-style data set with the column `image`, undecoded, and perhaps `caption`; and its files here.
+    Nothing was asked of single rows.
+
+    Args:
+        source, split, image_column, caption_column: As in `load_image_text_dataset`, but that no column of captions
+            has to be there where none is named.
+        captions: Whether they are wanted.
+
+    Raises:
+        ValueError: As `load_image_text_dataset` raises.
+    """
+    require_extra("training", "datasets")
+
+    dataset, files = _load(source, split, {})
+    columns = dataset.column_names
+    chosen = {"image": _choose_column(columns, IMAGE_COLUMNS, image_column, "image_column")}
+    if captions and (caption_column is not None or any(name in CAPTION_COLUMNS for name in columns)):
+        chosen["caption"] = _choose_column(columns, CAPTION_COLUMNS, caption_column, "caption_column")
+    dataset = _with_columns(dataset, chosen)
+    if "caption" in chosen:
+        _check_captions(dataset, chosen["caption"], read=False)
+    return dataset, files or [Path(part["filename"]) for part in dataset.cache_files]
+
+
 def load_own_labels(
     source: str,
     *,
@@ -262,4 +301,4 @@ def load_image_label_dataset(
     return renumbered(dataset, indices), names
 
 
-__all__ = ["load_image_label_dataset", "load_image_text_dataset", "load_own_labels"]
+__all__ = ["load_image_label_dataset", "load_image_text_dataset", "load_own_labels", "load_pictures"]

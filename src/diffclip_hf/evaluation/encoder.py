@@ -230,7 +230,10 @@ class Encoder:
         for text in texts:
             check_text(text)
         self.model.eval()
-        batches = self._tokenize(texts)
+        batches, cut = self.tokenize(texts)
+        if cut:
+            longest = text_options(self.model, self.processor.tokenizer)["max_length"]
+            logger.warning("%d of %d texts are cut to %d tokens.", cut, len(texts), longest)
         # Whatever the tokenizer is, its tokens are what the model sees.
         key = self._key(tokens=[dict(batch) for batch in batches])
         if key is None:
@@ -250,8 +253,12 @@ class Encoder:
                 bar.update()
         return digest.hexdigest()
 
-    def _pixel_values(self, image: Mapping[str, Any] | None) -> tuple[torch.Tensor, bytes]:
-        """Return an image's pixel values, float32, (1, channels, height, width), and its file's SHA-256."""
+    def pixel_values(self, image: Mapping[str, Any] | None) -> tuple[torch.Tensor, bytes]:
+        """Return an image's pixel values, float32, (1, channels, height, width), and its file's SHA-256.
+
+        Raises:
+            ValueError: There's none, or it can't be read.
+        """
         content = read_encoded(image)
         pixels = self.processor.image_processor(images=[read_image(content)], return_tensors="pt")["pixel_values"]
         return pixels, hashlib.sha256(content).digest()
@@ -263,7 +270,7 @@ class Encoder:
         embeds, digest = [], hashlib.sha256()
         batches = read_batches(
             enumerate(dataset["image"]),
-            _named(self._pixel_values, split, row_of),
+            _named(self.pixel_values, split, row_of),
             self.batch_size,
             self.num_workers,
             len(dataset),
@@ -280,33 +287,35 @@ class Encoder:
                 bar.update(len(digests))
         return check_finite(torch.cat(embeds), "image"), digest.hexdigest()
 
+    @torch.inference_mode()
     def embed_pixels(self, pixel_values: torch.Tensor, pooled: bool = False) -> torch.Tensor:
-        """Return the embeddings of a batch of pixel values, as `image_embeds` returns them."""
+        """Return the embeddings of a batch's pixel values, (images, channels, height, width); see `image_embeds`."""
         inputs = {"pixel_values": pixel_values.to(self.device, self.model.dtype)}
         tower = self.model.vision_model if pooled else self.model.get_image_features
-        with torch.inference_mode():
-            found = tower(**inputs, return_dict=True).pooler_output.float()
-            return (found if pooled else normalize(found, dim=-1)).cpu()
+        found = tower(**inputs, return_dict=True).pooler_output.float()
+        return (found if pooled else normalize(found, dim=-1)).cpu()
 
-    def _tokenize(self, texts: Sequence[str]) -> list[Any]:
-        """Return the texts' tokens, `TEXT_BATCH_SIZE` at once; say how many texts are cut."""
+    @torch.inference_mode()
+    def embed_tokens(self, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the embeddings of a batch that `tokenize` gives; see `text_embeds`."""
+        inputs = {name: value.to(self.device) for name, value in tokens.items()}
+        return normalize(self.model.get_text_features(**inputs, return_dict=True).pooler_output.float(), dim=-1).cpu()
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[list[Any], int]:
+        """Return the texts' tokens, `TEXT_BATCH_SIZE` at once, and how many texts are cut."""
         tokenizer = self.processor.tokenizer
         options = text_options(self.model, tokenizer)
         lengths = [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
-        if cut := sum(length > options["max_length"] for length in lengths):
-            logger.warning("%d of %d texts are cut to %d tokens.", cut, len(texts), options["max_length"])
+        cut = sum(length > options["max_length"] for length in lengths)
         starts = range(0, len(texts), TEXT_BATCH_SIZE)
-        return [tokenizer(list(texts[start : start + TEXT_BATCH_SIZE]), **options) for start in starts]
+        return [tokenizer(list(texts[start : start + TEXT_BATCH_SIZE]), **options) for start in starts], cut
 
     def _encode_texts(self, batches: Sequence[Any], count: int) -> torch.Tensor:
         embeds = []
-        disable = len(batches) < 2
-        with logging.tqdm(total=count, desc="Texts", unit="text", disable=disable) as bar, torch.inference_mode():
+        with logging.tqdm(total=count, desc="Texts", unit="text", disable=len(batches) < 2) as bar:
             for tokens in batches:
-                inputs = {name: value.to(self.device) for name, value in tokens.items()}
-                found = self.model.get_text_features(**inputs, return_dict=True).pooler_output.float()
-                embeds.append(normalize(found, dim=-1).cpu())
-                bar.update(len(found))
+                embeds.append(self.embed_tokens(tokens))
+                bar.update(len(embeds[-1]))
         return check_finite(torch.cat(embeds), "text")
 
 
