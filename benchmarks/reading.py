@@ -1,6 +1,6 @@
 """Time the reading of pictures for zero-shot classification: one process, one a core, and torch's `DataLoader`.
 
-python benchmarks/reading.py [--only "500x375 Pillow"] [--rounds 7] [--workers 2] [--output benchmarks/reading.json]
+python benchmarks/reading.py [--only "500x375 Pillow" ...] [--rounds 7] [--workers 2] [--output benchmarks/reading.json]
 
 What is read are JPEGs of 500×375 and of 12 megapixels (4000×3000), mosaics of the two photographs that
 scikit-learn brings, each turned and cut at random, so that they have the texture of photographs. They go through
@@ -10,8 +10,8 @@ their own, one picture after the other, with nothing between them. A round times
 another; the medians of the rounds' ratios are compared. Each time has the start of its processes, and of the
 `DataLoader` it's also given from the first batch on. The processor's seconds are this process's and its children's.
 
-The whole classifier, with the embedded model, is timed on the small pictures. `--only` measures one part, and keeps
-what the report has of the others.
+The whole classifier, with the embedded model, is timed on the small pictures. `--only` measures some parts, and
+keeps what the report has of the others.
 """
 
 import json
@@ -235,13 +235,13 @@ def measure(parts: list[str], workers: int, rounds: int, share: float, before: d
 def main() -> int:
     """Run the measurement; return 1 where several processes reach less of the workers than the goal."""
     parser = make_parser(__doc__, __file__)
-    parser.add_argument("--only", choices=PARTS, help="measure one part, and keep the others of the report")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="measure these, and keep the others of the report")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes, and the DataLoader's")
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures, for a quick look")
     args = parser.parse_args()
     before = json.loads(args.output.read_text(encoding="utf-8")) if args.only and args.output.exists() else {}
-    result = measure([args.only] if args.only else PARTS, args.workers, args.rounds, args.share, before)
+    result = measure(args.only or PARTS, args.workers, args.rounds, args.share, before)
     write_report(args.output, result)
     shares = []
     for size, backends in result["pictures_per_second"].items():
