@@ -1,6 +1,6 @@
 """Time the reading of pictures for zero-shot classification: one process, one a core, and torch's `DataLoader`.
 
-python benchmarks/reading.py [--only "500x375 Pillow" ...] [--rounds 7] [--workers 2] [--output benchmarks/reading.json]
+python benchmarks/reading.py [--only "500x375 Pillow" ...] [--rounds 7] [--workers 2] [--output FILE.json]
 
 What is read are JPEGs of 500×375 and of 12 megapixels (4000×3000), mosaics of the two photographs that
 scikit-learn brings, each turned and cut at random, so that they have the texture of photographs. They go through
