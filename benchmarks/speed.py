@@ -2,7 +2,8 @@
 
 python benchmarks/speed.py [--only PART …] [--seconds 6] [--device cuda] [--output benchmarks/speed.json]
 
-Writes the measurements (JSON), a table (Markdown) and two plots (PNG) beside each other. Parts:
+Writes the measurements (JSON), a table (Markdown) and two plots (PNG) beside each other, one of the core and one of
+the rest. speed_profile.py shows by operator where the time goes. Parts:
 
 - core: differential attention alone against PyTorch's SDPA of the same width, forward, and forward and backward;
   `sdpa`, the default, beside each of our other forms.
@@ -152,10 +153,11 @@ class CoreModule(nn.Module):
         self.is_causal = is_causal
 
 
-def core_cases(device: str) -> Iterator[Case]:
+def core_cases(device: str, lengths: list[int] | None) -> Iterator[Case]:
     """Yield attention alone: plain SDPA, what `sdpa` does here, and our forms."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for batch, tokens, heads, width, causal in CORE_SHAPES:
+    shapes = [shape for shape in CORE_SHAPES if lengths is None or shape[1] in lengths]
+    for batch, tokens, heads, width, causal in shapes:
         generator = torch.Generator().manual_seed(0)
 
         def draw(width, batch=batch, tokens=tokens, heads=heads, head_dim=width, generator=generator):
@@ -292,9 +294,9 @@ def implementations(device: str) -> list[str]:
     return ["sdpa", "eager"] if device == "cpu" else ["sdpa", "eager", "flash_attention_2", "differential_triton"]
 
 
-def image_cases(device: str, batches: list[int]) -> Iterator[Case]:
+def image_cases(device: str, batches: list[int], image_sizes: list[int]) -> Iterator[Case]:
     """Yield the image tower's forward pass."""
-    for image_size in (224, 336):
+    for image_size in image_sizes:
         models = {name: build(name, image_size, device) for name in (CLIP, QUICK_GELU, *implementations(device))}
         for batch in batches:
             inputs = inputs_of(models[CLIP], batch, image_size)
@@ -601,9 +603,11 @@ def all_results(only: list[str], args: argparse.Namespace) -> Iterator[dict]:
     device = args.device
     with tempfile.TemporaryDirectory() as folder:
         cases = {
-            "core": lambda: core_cases(device),
+            "core": lambda: core_cases(device, args.core_tokens),
             "projections": lambda: projection_cases(device),
-            "images": lambda: image_cases(device, args.batches or ([1, 8] if device == "cpu" else [1, 8, 64, 256])),
+            "images": lambda: image_cases(
+                device, args.batches or ([1, 8] if device == "cpu" else [1, 8, 64, 256]), args.image_sizes
+            ),
             "texts": lambda: text_cases(device),
             "compiled": lambda: compiled_cases(device),
             "busy": lambda: busy_cases(device),
@@ -640,6 +644,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="for each case, beyond its least number of rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batches", nargs="+", type=int, help="of the image tower; 1 8, and 64 256 too on a GPU")
+    parser.add_argument("--image-sizes", nargs="+", type=int, default=[224, 336], help="of the images part")
+    parser.add_argument("--core-tokens", nargs="+", type=int, metavar="TOKENS", help="of the core's shapes; all")
     parser.add_argument("--training-batches", nargs="+", type=int, default=[8, 16])
     args = parser.parse_args()
 

@@ -1,9 +1,11 @@
 """Exact differential attention on the CPU that holds the maps of one block at a time, small enough for its caches."""
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from .precision_diffclip import at_least_float32
 
@@ -11,6 +13,9 @@ from .precision_diffclip import at_least_float32
 # Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/speed.py. Smaller
 # blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
 BLOCK_ENTRIES_PER_THREAD = 2**18
+# Entries of a batch row's maps below which rows are put together, for fewer calls. That takes copies: queries, keys
+# and values lie by batch rows, tokens and heads, and a batched product takes one dimension of matrices.
+LEAST_ENTRIES = 2**13
 # Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
 LEAST_ROWS = 256
 # Keys below which PyTorch's softmax over the last dimension is slow: a vector register holds no more.
@@ -28,28 +33,28 @@ def keeps_maps(query: torch.Tensor) -> bool:
     return query.shape[2] <= 16 * query.shape[3]
 
 
-def fits_one_block(query: torch.Tensor) -> bool:
-    """Say whether the maps of the whole batch, of queries (batch, num_heads, tokens, head_dim), are one block."""
-    batch_size, num_heads, length, _ = query.shape
-    return batch_size * num_heads * length * length <= BLOCK_ENTRIES_PER_THREAD * torch.get_num_threads()
+def _block_sizes(query: torch.Tensor, whole_rows: bool = False) -> tuple[int, int, int]:
+    """Return how many batch rows, pairs and query rows a block has at most: whole batch rows, else pairs of one.
 
-
-def _block_sizes(query: torch.Tensor) -> tuple[int, int, int]:
-    """Return how many batch rows, pairs and query rows a block has at most: whole batch rows, else pairs of one."""
+    Args:
+        query: (batch, num_heads, tokens, head_dim).
+        whole_rows: Whether a block has all query rows.
+    """
     batch_size, num_heads, length, _ = query.shape
     num_threads = torch.get_num_threads()
     entries = BLOCK_ENTRIES_PER_THREAD * num_threads
-    # More where whole batch rows are put together: each product waits for all threads, long beside busy processes.
-    batch = min(batch_size, max(1, 4 * entries // (num_heads * length * length)))
+    row_entries = num_heads * length * length
+    if row_entries < LEAST_ENTRIES:
+        return min(batch_size, max(1, entries // row_entries)), num_heads // 2, length
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
-    rows = max(LEAST_ROWS, entries // (2 * pairs * length))
+    rows = length if whole_rows else max(LEAST_ROWS, entries // (2 * pairs * length))
     # As many in each block.
-    return batch, pairs, -(-length // -(-length // rows))
+    return 1, pairs, -(-length // -(-length // rows))
 
 
 def _blocks(
-    query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool
+    query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool, whole_rows: bool = False
 ) -> Iterator[tuple[slice, slice, slice, slice, slice, torch.Tensor | None]]:
     """Cut attention into blocks of batch rows, pairs and query rows.
 
@@ -57,7 +62,7 @@ def _blocks(
     `score_bias`.
     """
     batch_size, num_heads, length, _ = query.shape
-    batch, pairs, row_count = _block_sizes(query)
+    batch, pairs, row_count = _block_sizes(query, whole_rows)
     # Where every block has all query rows, what is causal is the same in each.
     is_shared = attention_mask is None and row_count == length
     shared = _whole_bias(query, None, is_causal) if is_shared else None
@@ -68,11 +73,20 @@ def _blocks(
             heads = slice(2 * block_pairs.start, 2 * block_pairs.stop)
             for row_start in range(0, length, row_count):
                 rows = slice(row_start, min(length, row_start + row_count))
-                keys = slice(rows.stop if is_causal and attention_mask is None else length)
+                keys = slice(0, rows.stop if is_causal and attention_mask is None else length)
                 bias = shared
                 if not is_shared:
                     bias = score_bias(attention_mask, is_causal, batch_rows, rows, query.dtype)
                 yield batch_rows, block_pairs, heads, rows, keys, bias
+
+
+def _part(tensor: torch.Tensor, *parts: slice) -> torch.Tensor:
+    """Return a block's part of a tensor, by its first dimensions; cut where it has to be, since each cut is a call."""
+    for dim, part in enumerate(parts):
+        count = part.stop - part.start
+        if count < tensor.shape[dim]:
+            tensor = tensor.narrow(dim, part.start, count)
+    return tensor
 
 
 def score_bias(
@@ -116,56 +130,54 @@ def _causal_bias(length: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device="cpu").triu_(1)
 
 
-def _softmax_(scores: torch.Tensor) -> torch.Tensor:
-    """Compute the softmax over the last dimension, over the scores; in float32 or better."""
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Return the softmax over the last dimension, in float32 or better; over the scores where it can."""
     if scores.dtype != at_least_float32(scores.dtype):
         return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
-    if scores.shape[-1] < LEAST_KEYS:
-        return scores.copy_(torch.softmax(scores.mT.contiguous(), dim=-2).mT)
-    return torch.softmax(scores, dim=-1, out=scores)
+    keys = scores.shape[-1]
+    if keys >= LEAST_KEYS:
+        return torch.softmax(scores, dim=-1, out=scores)
+    padded = nn.functional.pad(scores, (0, LEAST_KEYS - keys), value=-torch.inf)
+    return torch.softmax(padded, dim=-1, out=padded)[..., :keys]
 
 
-def _maps(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, scaling: float) -> torch.Tensor:
+def _maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    room: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return softmax(query · keyᵀ · scaling + bias), with the softmax in float32 or better.
 
     Args:
         query, key: A block's, (batch, heads, tokens, head_dim).
         bias: Broadcastable to (batch, heads, tokens, tokens), or None.
         scaling: Factor on the scores.
+        room: Memory that is written over, (batch, heads, tokens, tokens) of the largest block; None for new memory,
+            which for each block would cost a CPU as much as the product.
 
     Returns:
-        (batch · heads, tokens, tokens).
+        (batch · heads, tokens, tokens), in the room where it can.
     """
-    if bias is not None and bias.ndim == 4:
-        bias = bias.expand(*query.shape[:2], *bias.shape[2:]).flatten(0, 1)
+    shape = (*query.shape[:3], key.shape[2])
+    if room is None:
+        scores = query.new_empty(shape)
+    else:
+        scores = room if room.shape == shape else room.flatten()[: math.prod(shape)].view(shape)
+    if bias is not None:
+        scores.copy_(bias)
     # The factor and the bias within the product: on a CPU each would be a pass over the scores.
-    scores = torch.baddbmm(
-        query.new_empty(1, 1, 1) if bias is None else bias,
-        query.flatten(0, 1),
-        key.flatten(0, 1).transpose(1, 2),
-        beta=0 if bias is None else 1,
-        alpha=scaling,
+    scores = scores.flatten(0, 1).baddbmm_(
+        query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=0 if bias is None else 1, alpha=scaling
     )
-    return _softmax_(scores)
+    return _softmax(scores)
 
 
 def _attend(difference: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return differential maps, (batch · pairs, rows, tokens), times a block's values, as `_block_forward` does."""
+    """Return differential maps, (batch · pairs, rows, tokens), times a block's values, (batch, rows, pairs, width)."""
     output = torch.bmm(difference, value.flatten(0, 1))
     return output.view(*value.shape[:2], *output.shape[1:]).transpose(1, 2)
-
-
-def _block_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: float,
-    scaling: float,
-) -> torch.Tensor:
-    """Return (A1 − weight·A2)·v of a block, (batch, rows, pairs, 2 · head_dim)."""
-    maps = _maps(query, key, bias, scaling)
-    return _attend(maps[0::2].sub_(maps[1::2], alpha=weight), value)
 
 
 def blocked_forward(
@@ -194,13 +206,17 @@ def blocked_forward(
     Source: paper arXiv 2503.06626, section 3.
     """
     weight = lambda_value.item()
-    if fits_one_block(query):
-        bias = _whole_bias(query, attention_mask, is_causal)
-        return _block_forward(query, key, value, bias, weight, scaling).contiguous()
+    batch_size, num_heads, length, _ = query.shape
+    sizes = _block_sizes(query)
+    if sizes == (batch_size, num_heads // 2, length):
+        maps = _maps(query, key, _whole_bias(query, attention_mask, is_causal), scaling)
+        return _attend(maps[0::2].sub_(maps[1::2], alpha=weight), value).contiguous()
+    room = query.new_empty(sizes[0], 2 * sizes[1], sizes[2], length)
     output = value.new_empty(value.transpose(1, 2).shape)
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        block = query[batch, heads, rows], key[batch, heads, keys], value[batch, pairs, keys]
-        output[batch, rows, pairs] = _block_forward(*block, bias, weight, scaling)
+        maps = _maps(_part(query, batch, heads, rows), _part(key, batch, heads, keys), bias, scaling, room)
+        difference = maps[0::2].sub_(maps[1::2], alpha=weight)
+        _part(output, batch, rows, pairs).copy_(_attend(difference, _part(value, batch, pairs, keys)))
     return output
 
 
@@ -228,18 +244,20 @@ def _backward(
     scaling: float,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key, value and λ, block by block."""
+    """Return the gradients of query, key, value and λ, block by block, whose maps are computed again."""
     weight = lambda_value.item()
+    batch_rows, pair_count, row_count = _block_sizes(query)
+    room = query.new_empty(batch_rows, 2 * pair_count, row_count, key.shape[2])
     grad_query, grad_key, grad_value = _backward_buffers(query, key, value)
     grad_key.zero_(), grad_value.zero_()
     grad_lambda = torch.zeros((), dtype=torch.float64)
     for batch, pairs, heads, rows, keys, bias in _blocks(query, attention_mask, is_causal):
-        block = query[batch, heads, rows], key[batch, heads, keys], value[batch, pairs, keys]
-        maps = _maps(*block[:2], bias, scaling)
-        grads = _block_backward(grad_output[batch, rows, pairs], *block, maps, weight, scaling)
-        grad_query[batch, heads, rows] = grads[0]
-        grad_key[batch, heads, keys] += grads[1]
-        grad_value[batch, pairs, keys] += grads[2]
+        block = _part(query, batch, heads, rows), _part(key, batch, heads, keys), _part(value, batch, pairs, keys)
+        maps = _maps(*block[:2], bias, scaling, room)
+        grads = _block_backward(_part(grad_output, batch, rows, pairs), *block, maps, weight, scaling)
+        _part(grad_query, batch, heads, rows).copy_(grads[0])
+        _part(grad_key, batch, heads, keys).add_(grads[1])
+        _part(grad_value, batch, pairs, keys).add_(grads[2])
         grad_lambda += grads[3]
     return grad_query, grad_key, grad_value, grad_lambda.to(lambda_value.dtype)
 
@@ -263,7 +281,8 @@ def _block_backward(
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     grad_difference = torch.bmm(grad, value.transpose(1, 2))
     second = maps[1::2]
-    grad_lambda = -(second * grad_difference).sum(dtype=torch.float64)
+    # Rows in their own precision, which PyTorch sums fast, and their many sums in float64.
+    grad_lambda = -(second * grad_difference).sum(-1).sum(dtype=torch.float64)
     # Back through both softmaxes at once, as if dA2 were dM too; −λ follows on the queries and keys, which are small.
     grad_maps = torch.stack([grad_difference, grad_difference], dim=1).flatten(0, 1)
     grad_scores = torch.ops.aten._softmax_backward_data.out(grad_maps, maps, -1, maps.dtype, grad_input=grad_maps)
@@ -306,28 +325,44 @@ blocked_differential_attention.register_autograd(_autograd, setup_context=_setup
 
 
 class _Kept(torch.autograd.Function):
-    """`blocked_forward` in one block, that keeps its maps for the backward pass."""
+    """`blocked_forward` that keeps its maps for the backward pass, whose blocks have all query rows."""
 
     @staticmethod
-    def forward(query, key, value, bias, lambda_value, scaling):
-        maps = _maps(query, key, bias, scaling)
-        difference = torch.sub(maps[0::2], maps[1::2], alpha=lambda_value.item())
-        return _attend(difference, value).contiguous(), maps
+    def forward(query, key, value, attention_mask, lambda_value, scaling, is_causal):
+        weight = lambda_value.item()
+        all_maps = query.new_empty(*query.shape[:3], key.shape[2])
+        output = value.new_empty(value.transpose(1, 2).shape)
+        for batch, pairs, heads, rows, _, bias in _blocks(query, attention_mask, is_causal, whole_rows=True):
+            room = _part(all_maps, batch, heads)
+            maps = _maps(_part(query, batch, heads), _part(key, batch, heads), bias, scaling, room)
+            kept = room.flatten(0, 1)
+            if maps.data_ptr() != kept.data_ptr():
+                kept.copy_(maps)
+            difference = torch.sub(kept[0::2], kept[1::2], alpha=weight)
+            _part(output, batch, rows, pairs).copy_(_attend(difference, _part(value, batch, pairs)))
+        return output, all_maps
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, _, lambda_value, ctx.scaling = inputs
+        query, key, value, _, lambda_value, ctx.scaling, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(query, key, value, lambda_value, output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, _):
-        query, key, value, lambda_value, maps = ctx.saved_tensors
-        grad_query, grad_key, grad_value, grad_lambda = _block_backward(
-            grad_output, query, key, value, maps, lambda_value.item(), ctx.scaling
-        )
-        return grad_query, grad_key, grad_value, None, grad_lambda.to(lambda_value.dtype), None
+        query, key, value, lambda_value, all_maps = ctx.saved_tensors
+        weight = lambda_value.item()
+        buffers = _backward_buffers(query, key, value)
+        grad_lambda = torch.zeros((), dtype=torch.float64)
+        for batch, pairs, heads, rows, *_ in _blocks(query, None, is_causal=False, whole_rows=True):
+            block = _part(query, batch, heads), _part(key, batch, heads), _part(value, batch, pairs)
+            block_grad, maps = _part(grad_output, batch, rows, pairs), _part(all_maps, batch, heads).flatten(0, 1)
+            *grads, block_lambda = _block_backward(block_grad, *block, maps, weight, ctx.scaling)
+            for buffer, grad, part in zip(buffers, grads, (heads, heads, pairs), strict=True):
+                _part(buffer, batch, part).copy_(grad)
+            grad_lambda += block_lambda
+        return *buffers, None, grad_lambda.to(lambda_value.dtype), None, None
 
 
 def kept_differential_attention(
@@ -340,4 +375,4 @@ def kept_differential_attention(
     is_causal: bool,
 ) -> torch.Tensor:
     """Return what `blocked_forward` does, with gradients, for which the maps are kept: fewer products, more memory."""
-    return _Kept.apply(query, key, value, _whole_bias(query, attention_mask, is_causal), lambda_value, scaling)[0]
+    return _Kept.apply(query, key, value, attention_mask, lambda_value, scaling, is_causal)[0]

@@ -9,7 +9,6 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .activation_diffclip import activation_in_place
 from .attention_diffclip import (
     FUSED_ATTENTION,
     check_flash_attention,
@@ -19,6 +18,7 @@ from .attention_diffclip import (
 )
 from .calls_diffclip import attention_implementation
 from .configuration_diffclip import DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .in_place_diffclip import activation_in_place, added, is_plain, may_overwrite
 from .offloading_diffclip import weights_in_place
 from .precision_diffclip import at_least_float32
 
@@ -105,38 +105,37 @@ class DiffCLIPTextEmbeddings(nn.Module):
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """weight · x / sqrt(mean(x²) + eps) with its gradients in few passes over x, of which each costs a CPU memory."""
+    """weight · x / sqrt(Σx² + eps) with its gradients in few passes over x, of which each costs a CPU memory."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(hidden_states, weight, eps):
-        normed, inverse = _rms_normed(hidden_states, eps)
-        return normed * weight, normed, inverse
+        inverse = _inverse_norm(hidden_states, eps)
+        return (hidden_states * inverse).mul_(weight), inverse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(inputs[1], *output[1:])
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:2], output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        weight, normed, inverse = ctx.saved_tensors
-        products = grad * normed
-        grad_weight = products.flatten(0, -2).sum(0)
-        # With n = x/r and g the gradient of n: dx = (g − n·mean(g·n))/r.
-        means = torch.matmul(products, weight / len(weight))
-        grad_hidden = torch.mul(grad, weight, out=products).addcmul_(normed, means[..., None], value=-1).mul_(inverse)
+    def backward(ctx, grad, _):
+        hidden_states, weight, inverse = ctx.saved_tensors
+        products = grad * hidden_states
+        # With r = 1/sqrt(Σx² + eps) and the gradient g: dx = r·(g·weight − x·r²·Σ(g·x·weight)).
+        factor = torch.matmul(products, weight)[..., None] * inverse.square()
+        # By PyTorch's sum, which rounds less than a product with a vector does.
+        grad_weight = products.mul_(inverse).flatten(0, -2).sum(0)
+        grad_hidden = torch.mul(grad, weight, out=products).addcmul_(hidden_states, factor, value=-1).mul_(inverse)
         return grad_hidden, grad_weight, None
 
 
-def _rms_normed(hidden_states: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x / sqrt(mean(x²) + eps) over the last dimension, and what x was multiplied by."""
+def _inverse_norm(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return 1 / sqrt(Σx² + eps) over the last dimension, which is kept."""
     # By the vector's norm: a pass over x fewer than by its squares.
-    mean_square = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True).square() / hidden_states.shape[-1]
-    inverse = torch.rsqrt(mean_square + eps)
-    return hidden_states * inverse, inverse
+    return torch.rsqrt(torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True).square() + eps)
 
 
 class DiffCLIPRMSNorm(nn.Module):
@@ -147,18 +146,23 @@ class DiffCLIPRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """Return scale · weight · x / sqrt(mean(x²) + eps), of the input's shape and dtype."""
+    def forward(self, hidden_states: torch.Tensor, scale: float = 1.0, overwrite: bool = False) -> torch.Tensor:
+        """Return scale · weight · x / sqrt(mean(x²) + eps), of the input's shape and dtype; over it, where asked for.
+
+        Without gradients alone may the input be written over.
+        """
+        size = hidden_states.shape[-1]
         wide = hidden_states.to(at_least_float32(hidden_states.dtype))
-        # The scale on the weight: a pass over x fewer.
-        weight = self.weight.to(wide.dtype) * scale
+        # The scale and the mean's divisor on the weight: passes over x fewer.
+        weight, eps = self.weight.to(wide.dtype) * (scale * size**0.5), self.eps * size
         leaves_eager = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if torch.is_grad_enabled() and wide.device.type == "cpu" and not leaves_eager:
-            return _RMSNormOnCPU.apply(wide, weight, self.eps)[0].to(hidden_states.dtype)
-        normed, _ = _rms_normed(wide, self.eps)
-        # Over what was just made where no gradient needs it: new memory costs a CPU as much as the product.
-        normed = normed * weight if torch.is_grad_enabled() else normed.mul_(weight)
-        return normed.to(hidden_states.dtype)
+            return _RMSNormOnCPU.apply(wide, weight, eps)[0].to(hidden_states.dtype)
+        inverse = _inverse_norm(wide, eps)
+        if torch.is_grad_enabled():
+            return (wide * inverse * weight).to(hidden_states.dtype)
+        # Over what is there: new memory costs a CPU as much as the product.
+        return (wide.mul_(inverse) if overwrite else wide * inverse).mul_(weight).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
@@ -293,7 +297,11 @@ class DiffCLIPDifferentialAttention(DiffCLIPAttention):
             is_causal=is_causal,
             **kwargs,
         )
-        return self.diff_norm(output, scale=1 - self.lambda_init), maps
+        scale = 1 - self.lambda_init
+        # The output is nobody else's.
+        if may_overwrite() and is_plain(self.diff_norm, DiffCLIPRMSNorm):
+            return self.diff_norm(output, scale, overwrite=True), maps
+        return self.diff_norm(output, scale=scale), maps
 
     def _fused(
         self,
@@ -338,8 +346,7 @@ class DiffCLIPMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return (batch, tokens, hidden_size), of the same shape."""
         hidden_states = self.fc1(hidden_states)
-        in_place = None if torch.is_grad_enabled() else activation_in_place(self.activation_fn, self.fc1)
-        return self.fc2((in_place or self.activation_fn)(hidden_states))
+        return self.fc2((activation_in_place(self.activation_fn, self.fc1) or self.activation_fn)(hidden_states))
 
 
 class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
@@ -361,9 +368,12 @@ class DiffCLIPEncoderLayer(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Return the block's output, (batch, tokens, hidden_size)."""
-        attention_output, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        attention, mlp = self.self_attn, self.mlp
+        attention_output, _ = attention(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        kinds = DiffCLIPDifferentialAttention, DiffCLIPAttention
+        hidden_states = added(hidden_states, attention_output, attention, kinds, "out_proj")
+        mlp_output = mlp(self.layer_norm2(hidden_states))
+        return added(hidden_states, mlp_output, mlp, (DiffCLIPMLP,), "fc2")
 
 
 class DiffCLIPEncoder(nn.Module):

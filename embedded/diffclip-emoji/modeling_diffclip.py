@@ -197,9 +197,9 @@ class DiffCLIPTextModel(DiffCLIPPreTrainedModel):
         end = end_of_text(input_ids, start, self.config.eos_token_id, vocab_size)
         token_idx = torch.arange(length, device=input_ids.device)[None]
         if position_ids is None:
-            position_ids = (token_idx - start).clamp(min=0)
+            position_ids = token_idx if start is None else (token_idx - start).clamp(min=0)
         if attention_mask is None:
-            attention_mask = (token_idx >= start).long()
+            attention_mask = None if start is None else (token_idx >= start).long()
         elif attention_mask.ndim == 2:
             # A mask made by `input_ids != pad_token_id` hides the end of text where both have one id.
             attention_mask = attention_mask.bool().logical_or(token_idx == end).long()

@@ -1,5 +1,6 @@
 """What one call of a model works out before its blocks: how to attend, in which direction, and where texts lie."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -85,20 +86,30 @@ def attention_mask_of(
     )
 
 
+def _in_graph_or_on_gpu(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor's values can't be looked at: a graph holds none, and nothing waits for a CUDA device."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_cuda
+
+
 def start_of_text(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, bos_token_id: int | None
-) -> torch.Tensor:
-    """Return the index of each text's first token, (batch, 1): what stands before it is left padding."""
+) -> torch.Tensor | None:
+    """Return the index of each text's first token, (batch, 1): what stands before it is left padding.
+
+    None says that every text starts at its first token, which spares the operators for what is padded.
+    """
     if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-    if attention_mask is None and bos_token_id is not None:
+        start = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    elif attention_mask is None and bos_token_id is not None:
         # Without a start token argmax gives 0, and the text starts at the first token.
-        return (input_ids == bos_token_id).int().argmax(-1, keepdim=True)
-    return input_ids.new_zeros(input_ids.shape[0], 1)
+        start = (input_ids == bos_token_id).int().argmax(-1, keepdim=True)
+    else:
+        return None
+    return start if _in_graph_or_on_gpu(start) or start.is_meta or start.any() else None
 
 
 def end_of_text(
-    input_ids: torch.Tensor, start: torch.Tensor, eos_token_id: int | list[int], vocab_size: int
+    input_ids: torch.Tensor, start: torch.Tensor | None, eos_token_id: int | list[int], vocab_size: int
 ) -> torch.Tensor:
     """Return the index of each text's first end-of-text token, (batch, 1), or raise where there is none.
 
@@ -112,10 +123,11 @@ def end_of_text(
         vocab_size: The number of ids.
     """
     eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    is_end = torch.stack([input_ids == token_id for token_id in eos_token_ids]).any(0)
-    is_end = is_end & (torch.arange(input_ids.shape[-1], device=input_ids.device) >= start)
+    is_end = reduce(torch.logical_or, [input_ids == token_id for token_id in eos_token_ids])
+    if start is not None:
+        is_end = is_end & (torch.arange(input_ids.shape[-1], device=input_ids.device) >= start)
     has_end = is_end.any(-1)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_cuda:
+    if _in_graph_or_on_gpu(input_ids):
         torch._assert_async(has_end.all(), "input_ids has a row without an end-of-text token")
     elif not input_ids.is_meta:
         check_token_rows(input_ids, has_end, eos_token_id, vocab_size)
