@@ -117,7 +117,9 @@ class Kept:
     def write(self, rows: Sequence[Row]) -> list[Path]:
         """Write rows as parts; a warning says where they can't be written."""
         written: list[Path] = []
-        for start in range(0, len(rows), LARGEST_PART) if self.folder else ():
+        if self.folder is None:
+            return written
+        for start in range(0, len(rows), LARGEST_PART):
             some = rows[start : start + LARGEST_PART]
             path = self.folder / f"part-{uuid.uuid4().hex[:16]}.safetensors"
             said = [[row.path, row.signature, row.digest] for row in some]
@@ -200,7 +202,9 @@ def embed_folder(
     parts = [path.removeprefix(prefix) for path in paths]
     kept = _find_kept(Path(folder), encoder, cache_dir)
     tell = all_tell_changes({os.path.dirname(path) for path in paths})
-    signed = {(row.path, row.signature): row for row in kept.rows if row.signature is not None}
+    signed: dict[tuple[str, Any], Row] = {
+        (row.path, row.signature): row for row in kept.rows if row.signature is not None
+    }
     found = {
         index: signed[part, signature]
         for index, (part, signature) in enumerate(zip(parts, _signatures(paths, tell), strict=True))
