@@ -17,7 +17,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-rest lint mlint types docs pytest pytest-slow pytest-exhaustive pytest-oldest embedded embedded-code clean
+.PHONY: demo node test test-all test-rest lint mlint types docs pytest pytest-slow pytest-exhaustive pytest-oldest embedded embedded-code clean
 
 # Names eight drawings with the embedded model, and writes demo.png; IMAGE=path LABELS="a cat,a dog" for your own.
 demo: $(VENV)/.demo-ready
@@ -56,6 +56,15 @@ pytest: $(VENV)/.dev-ready
 # The web demo's page is tested where Debian's chromium and chromium-driver are installed.
 pytest-slow: $(VENV)/.dev-ready
 	$(VENV)/bin/python $(PYTEST) -m "slow and not exhaustive"
+
+# transformers.js, by which Node and the browser are tested on what the ONNX export writes; 43 packages, 480 MB.
+node: build/node/.ready
+
+build/node/.ready: tests/package.json
+	mkdir -p build/node
+	cp tests/package.json build/node/
+	npm install --prefix build/node --ignore-scripts --no-audit --no-fund --loglevel=error
+	touch $@
 
 # Every other pair of card and dtype for which the kernels compile; six minutes of a processor.
 pytest-exhaustive: $(VENV)/.dev-ready

@@ -87,10 +87,10 @@ def chromium(width: int = 1200, height: int = 1000) -> Iterator[webdriver.Chrome
 class DemoPage:
     """What a person does on the page, and sees."""
 
-    def __init__(self, driver: webdriver.Chrome, url: str):
+    def __init__(self, driver: webdriver.Chrome, url: str, ready: str = "#classify"):
         self.driver, self.url = driver, url
         driver.get(url)
-        self.wait(lambda: self.find("#classify"))
+        self.wait(lambda: self.find(ready))
 
     def wait(self, condition):
         return WebDriverWait(self.driver, PATIENCE, poll_frequency=0.1).until(

@@ -27,7 +27,8 @@ BLOCKS = [
     for path in PAGES
     for language, code in re.findall(r"```(python|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 ]
-# Tests of their own, below: what needs many steps, what a command has written before, or what may not be installed.
+# Tests of their own, below and in test_transformers_js.py: what needs many steps, what a command has written before,
+# or what may not be installed.
 OWN = ("load_digits", "onnxruntime", "diffclip-vitb16", "fastapi", "build/embeddings")
 # Run from its beginning to its end, for each step needs what another has written.
 FORGET = "docs/guides/forget.md"
@@ -188,15 +189,6 @@ def test_a_set_is_embedded_and_read(python):
     python(*words)
     code = one_block(page, "np.load")
     assert python("-c", code).splitlines() == re.findall(r"# (.*)", code)
-
-
-def test_onnx_snippets(python):
-    page = "docs/guides/deploy.md"
-    (words,) = (words for _, words in commands(page) if "diffclip_hf.export_onnx" in words)
-    python(*words)
-    printed = python("-c", one_block(page, "onnxruntime"))
-    similarities = [float(number) for number in re.findall(r"[-\d.]+", printed)]
-    assert similarities[0] > similarities[1], "a pizza is more like 'pizza' than like 'rocket'"
 
 
 SERVING = """

@@ -28,7 +28,8 @@ ARROWS = {
     "train": {"common", "training"},
     "evaluate": {"common", "data", "evaluation"},
     "embed": {"common", "data", "evaluate", "evaluation", "model"},
-    "export_onnx": {"common", "model"},
+    "onnx_graphs": {"model"},
+    "export_onnx": {"common", "model", "onnx_graphs"},
     "interpolate": {"common", "evaluate", "evaluation", "model"},
     "__init__": {"common", "model", "search", "version", "zero_shot", "zero_shot_templates"},
 }

@@ -1,18 +1,23 @@
-"""Export a model's two towers to ONNX, checked in ONNX Runtime, and an int8 version of each.
+"""Export a model to ONNX, checked in ONNX Runtime, with an int8 version, in a folder that transformers.js loads too.
 
     python -m diffclip_hf.export_onnx DIR OUT
 
 It writes into OUT
 
-    vision_model.onnx  text_model.onnx                        float32
-    vision_model_quantized.onnx  text_model_quantized.onnx    int8 weights, named as by optimum and transformers.js
-    export_report.json                                        errors, similarities, sizes and times
-    config.json, the processor, and the code that loads both where this package isn't installed
+    onnx/vision_model.onnx  onnx/text_model.onnx    the towers, in float32
+    onnx/model.onnx                                 both, and the logits, for transformers.js's zero-shot pipeline
+    onnx/..._quantized.onnx                         each of these with int8 weights
+    export_report.json                              errors, similarities, sizes and times
+    index.html  page.mjs  fit.mjs                   a page that classifies pictures in the browser alone
+    config.json, the processor as Transformers and as transformers.js read it, and the code that loads both where this
+    package isn't installed
 
 The inputs are `pixel_values` (batch, channels, image_size, image_size), float32, and `input_ids` and `attention_mask`
-(batch, sequence), int64; left padding works as in PyTorch. The outputs, `image_embeds` and `text_embeds` (batch,
-projection_dim), are those of `DiffCLIPVisionModelWithProjection` and `DiffCLIPTextModelWithProjection`: projected, not
-normalised. A graph can't raise: a text without an end-of-text token gives the embedding of its first position.
+(batch, sequence), int64; left padding works as in PyTorch. The towers' outputs, `image_embeds` and `text_embeds`
+(batch, projection_dim), are those of `DiffCLIPVisionModelWithProjection` and `DiffCLIPTextModelWithProjection`:
+projected, not normalised. Those of `model.onnx` are `DiffCLIPModel`'s: normalised, with `logits_per_image` and
+`logits_per_text`. A graph can't raise: a text without an end-of-text token gets one in place of its last token, since
+transformers.js cuts it off a long text, where Python's tokenizer keeps it.
 """
 
 import argparse
@@ -23,24 +28,36 @@ import shutil
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .common.commands import CommandParser, require_extra, run_command
-from .common.loading import check_tokenizer, load_model, load_processor, load_tokenizer
+from .common.json_files import json_text, read_json_object
+from .common.loading import check_image_processor, check_tokenizer, load_model, load_processor, load_tokenizer
 from .common.machine import describe_machine, describe_versions
 from .common.remote_code import add_remote_code
 from .common.whole_files import written_whole
-from .model.configuration_diffclip import DiffCLIPConfig, DiffCLIPTextConfig, DiffCLIPVisionConfig
+from .model.configuration_diffclip import DiffCLIPConfig
 from .model.modeling_diffclip import DiffCLIPModel
+from .onnx_graphs import (
+    DEFAULT_OPSET,
+    OPSETS,
+    ExportError,
+    Inputs,
+    Runner,
+    Tower,
+    export_tower,
+    join_towers,
+    open_graph,
+    quantize_tower,
+    towers_of,
+)
 
 
 logger = logging.getLogger("export_onnx")
@@ -48,256 +65,19 @@ logger = logging.getLogger("export_onnx")
 # Of the largest magnitude of the embeddings. A correct graph departs by some 1e-6.
 MAX_ERROR = 1e-4
 MIN_COSINE = 0.99
-BATCHES = (1, 3)
-LENGTHS = (7, 77)
-TIMED_BATCHES = (1, 8)
-OPSETS = range(18, 24)
-DEFAULT_OPSET = 20
-# What one protobuf file may hold, less some room for the graph itself.
-MAX_BYTES = 2**31 - 2**24
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 REPORT_FILE = "export_report.json"
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-)
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
-Inputs = dict[str, torch.Tensor]
-# What computes embeddings, (batch, projection_dim), in PyTorch or ONNX Runtime.
-Runner = Callable[[Inputs], np.ndarray]
-
-
-class ExportError(ValueError):
-    """The export can't be done, or a check of it failed."""
-
-
-class VisionTower(nn.Module):
-    """The image tower with its projection, as one function of tensors."""
-
-    def __init__(self, model: DiffCLIPModel):
-        super().__init__()
-        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return (batch, projection_dim), not normalised, of (batch, channels, image_size, image_size)."""
-        return self.visual_projection(self.vision_model(pixel_values, return_dict=True).pooler_output)
-
-
-class TextTower(nn.Module):
-    """The text tower with its projection, as one function of tensors."""
-
-    def __init__(self, model: DiffCLIPModel):
-        super().__init__()
-        self.text_model, self.text_projection = model.text_model, model.text_projection
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return (batch, projection_dim), not normalised, of token ids and their mask, (batch, tokens), int64."""
-        return self.text_projection(self.text_model(input_ids, attention_mask, return_dict=True).pooler_output)
-
-
-def image_inputs(config: DiffCLIPVisionConfig, batch: int, seed: int = 0, smooth: bool = False) -> Inputs:
-    """Return random images, float32 with standard deviation near 1, as an image processor's are.
-
-    Args:
-        config: The image tower's.
-        batch: How many images.
-        seed: Of the random numbers.
-        smooth: Whether neighbouring pixels are alike, as in pictures; otherwise every pixel is noise of its own.
-
-    Returns:
-        `pixel_values`, (batch, channels, image_size, image_size).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    side = config.image_size
-    if not smooth:
-        return {"pixel_values": torch.randn(batch, config.num_channels, side, side, generator=generator)}
-    coarse = torch.randn(batch, config.num_channels, 5, 5, generator=generator)
-    return {"pixel_values": nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")}
-
-
-def text_inputs(config: DiffCLIPTextConfig, batch: int, length: int, padding: str = "right", seed: int = 0) -> Inputs:
-    """Return random texts, the first of `length` tokens and each other one shorter by one, padded on one side.
-
-    Args:
-        config: The text tower's.
-        batch: How many texts.
-        length: Tokens a row, 3 or more.
-        padding: `"right"` or `"left"`.
-        seed: Of the random numbers.
-
-    Returns:
-        `input_ids` and `attention_mask`, (batch, length), int64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    special = {config.bos_token_id, config.pad_token_id}
-    special |= set(config.eos_token_id) if isinstance(config.eos_token_id, list) else {eos}
-    words = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    pad = 0 if config.pad_token_id is None else config.pad_token_id
-    input_ids = torch.full((batch, length), pad)
-    attention_mask = torch.zeros(batch, length, dtype=torch.long)
-    for row in range(batch):
-        tokens = max(length - row, 3)
-        place = slice(0, tokens) if padding == "right" else slice(length - tokens, length)
-        text = words[torch.randint(len(words), (tokens,), generator=generator)]
-        if config.bos_token_id is not None:
-            text[0] = config.bos_token_id
-        text[-1] = eos
-        input_ids[row, place] = text
-        attention_mask[row, place] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A tower, and with what it is exported and checked.
-
-    Args:
-        name: Of its files, without ".onnx".
-        module: Of the model in float32, in evaluation mode, under eager attention.
-        output: Name of the graph's output.
-        dynamic_shapes: Input → dimension → name of what may vary.
-        checks: Name of a check → inputs, at every batch and length that the graph has to serve.
-        samples: Inputs for the similarity of int8 to float32.
-        timed: Batch → inputs of full length.
-    """
-
-    name: str
-    module: nn.Module
-    output: str
-    dynamic_shapes: dict[str, dict[int, Any]]
-    checks: dict[str, Inputs]
-    samples: list[Inputs]
-    timed: dict[int, Inputs]
-
-    @torch.inference_mode()
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        """Return PyTorch's embeddings, (batch, projection_dim)."""
-        return self.module(**inputs).numpy()
-
-
-def towers_of(model: DiffCLIPModel) -> list[Tower]:
-    """Return a model's two towers."""
-    vision, text = model.vision_model.config, model.text_model.config
-    context = text.max_position_embeddings
-    # The two names are the same dimensions in both inputs of the text tower.
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=context)
-    lengths = sorted({min(length, context) for length in LENGTHS})
-    return [
-        Tower(
-            name="vision_model",
-            module=VisionTower(model),
-            output="image_embeds",
-            dynamic_shapes={"pixel_values": {0: batch}},
-            checks={f"batch {size}": image_inputs(vision, size) for size in BATCHES},
-            samples=[image_inputs(vision, 8, seed=1), image_inputs(vision, 8, seed=2, smooth=True)],
-            timed={size: image_inputs(vision, size, seed=3) for size in TIMED_BATCHES},
-        ),
-        Tower(
-            name="text_model",
-            module=TextTower(model),
-            output="text_embeds",
-            dynamic_shapes={name: {0: batch, 1: sequence} for name in ("input_ids", "attention_mask")},
-            checks={
-                f"batch {size}, length {length}, {side} padding": text_inputs(text, size, length, side)
-                for size in BATCHES
-                for length in lengths
-                for side in ("right", "left")
-            },
-            samples=[text_inputs(text, 16, length, seed=1) for length in lengths],
-            timed={size: text_inputs(text, size, context, seed=2) for size in TIMED_BATCHES},
-        ),
-    ]
-
-
-def export_tower(tower: Tower, path: Path, opset: int = DEFAULT_OPSET) -> None:
-    """Write a tower as one ONNX file, its weights in it, λ folded to a constant and no path of this machine in it.
-
-    Args:
-        tower: What `towers_of` returned.
-        path: Of the file.
-        opset: Of ONNX's operators.
-
-    Raises:
-        ExportError: The tower is too large for one file.
-    """
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-    size = sum(tensor.nbytes for tensor in tower.module.state_dict().values())
-    if size > MAX_BYTES:
-        raise ExportError(f"{tower.name} has {size} bytes of weights; one ONNX file holds at most {MAX_BYTES}.")
-    # Of another batch and length than what is checked. Not of 1, which torch.export would take for a constant.
-    inputs = {name: tensor[:2] for name, tensor in next(reversed(tower.checks.values())).items()}
-    with warnings.catch_warnings(), torch.no_grad():
-        # input_ids and attention_mask share their dimensions' names, as they should.
-        warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
-        # torch 2.13's own, fixed in 2.14.
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        program = torch.export.export(tower.module, (), kwargs=inputs, dynamic_shapes=tower.dynamic_shapes)
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=tower.dynamic_shapes,
-            input_names=list(inputs),
-            output_names=[tower.output],
-            verbose=False,
-        )
-    assert onnx_program is not None
-    # Each node has a stack trace, with the paths of the code that made it.
-    ClearMetadataAndDocStringPass()(onnx_program.model)
-    onnx_program.save(path, external_data=False)
-
-
-def quantize_tower(path: Path, quantized: Path) -> None:
-    """Write the int8 version of a graph: weights of the matrix products, per channel; activations at run time.
-
-    The patch convolution, the embedding tables and the first block's query and key stay float32. Weights have 7 bits:
-    with 8, a processor without VNNI overflows the 16-bit sums of two products.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    prepared = quantized.with_suffix(".prepared")
-    # onnx's shape inference alone: ONNX Runtime optimises the graph when it loads it.
-    quant_pre_process(path, prepared, skip_optimization=True, skip_symbolic_shape=True)
-    model = onnx.load(prepared)
-    prepared.unlink()
-    # Of the products that it transposes, ONNX Runtime 1.23 would take the old shapes to be contradictions.
-    del model.graph.value_info[:]
-    weights = {weight.name for weight in model.graph.initializer}
-    products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    quantize_dynamic(
-        model,
-        quantized,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        # In the order of the graph, the first are the first block's query and key. Where A1·v and λ·A2·v nearly
-        # cancel, the RMSNorm behind them magnifies an error of the maps: of the embedded model's texts of three tokens
-        # some fall to a similarity of 0.986 with int8 here, and to 0.998 without.
-        nodes_to_exclude=products[:2],
-        per_channel=True,
-        reduce_range=True,
-        weight_type=QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},
-    )
-
-
-def open_graph(path: Path) -> Runner:
-    """Return a function that runs a graph on the CPU, with as many threads as PyTorch's: inputs → its one output."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin after a run would slow what is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+# Where transformers.js looks for graphs.
+GRAPH_FOLDER = "onnx"
+# A page that runs the towers in the browser, and what it fetches its library from.
+PAGE_FOLDER = Path(__file__).parent / "browser"
+LIBRARY = "https://cdn.jsdelivr.net/npm/@huggingface/transformers@4.3.1/dist/transformers.min.js"
+PROCESSOR_FILE, IMAGE_PROCESSOR_FILE = "processor_config.json", "preprocessor_config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = {"tokenizer.json", TOKENIZER_FILE, "special_tokens_map.json", "vocab.json", "merges.txt"}
+# What an image processor does, which transformers.js does too unless told not to, and with what.
+IMAGE_STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
+IMAGE_NUMBERS = ("size", "resample", "crop_size", "rescale_factor", "image_mean", "image_std")
 
 
 def check_tower(tower: Tower, graph: Runner) -> dict[str, float]:
@@ -397,8 +177,39 @@ def export_checked(tower: Tower, folder: Path, opset: int, int8: bool, runs: int
     return measured
 
 
-def find_processor(source: str, config: DiffCLIPConfig) -> list[Path]:
-    """Return the files of a model's image processor and tokenizer, after a look whether they are the model's.
+def export_joint(towers: list[Tower], scale: float, folder: Path, int8: bool) -> dict[str, Any]:
+    """Write both towers as one graph, in each precision, and compare its logits with those of the towers' graphs.
+
+    Returns:
+        For the report: `errors`, precision → the largest difference over the largest logit; and `bytes`, file → size.
+
+    Raises:
+        ExportError: An error is over `MAX_ERROR`, or NaN; or as `join_towers` raises.
+    """
+    errors, sizes = {}, {}
+    vision, text = towers
+    # Of different numbers.
+    images, texts = next(iter(vision.checks.values())), next(reversed(text.checks.values()))
+    for name, suffix in {"float32": "", "int8": "_quantized"}.items() if int8 else [("float32", "")]:
+        paths = [folder / f"{tower.name}{suffix}.onnx" for tower in towers]
+        joint = folder / f"model{suffix}.onnx"
+        join_towers(paths[0], paths[1], scale, joint)
+        embeds = [open_graph(path)(inputs) for path, inputs in zip(paths, (images, texts), strict=True)]
+        image_embeds, text_embeds = (rows / np.linalg.norm(rows, axis=-1, keepdims=True) for rows in embeds)
+        expected = scale * image_embeds @ text_embeds.T
+        found = open_graph(joint)({**images, **texts})
+        errors[name] = float(np.abs(found - expected).max() / np.abs(expected).max())
+        if not errors[name] <= MAX_ERROR:
+            raise ExportError(
+                f"model, {name}: the error of the logits is {errors[name]:.1e} of the largest; it must be at most "
+                f"{MAX_ERROR}."
+            )
+        sizes[joint.name] = joint.stat().st_size
+    return {"errors": errors, "bytes": sizes}
+
+
+def load_processing(source: str, config: DiffCLIPConfig) -> Any:
+    """Return a model's processor, or what there is of one: a tokenizer, an image processor, or None.
 
     Args:
         source: The model's folder or its id on the Hub.
@@ -408,22 +219,88 @@ def find_processor(source: str, config: DiffCLIPConfig) -> list[Path]:
         ExportError: The Hub can't be reached.
         ValueError: The tokenizer has no vocabulary, or a part isn't the model's.
     """
+    known = (PROCESSOR_FILE, IMAGE_PROCESSOR_FILE, *sorted(TOKENIZER_FILES))
     try:
-        cached = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
+        names = {name for name in known if cached_file(source, name, _raise_exceptions_for_missing_entries=False)}
     except OSError as error:
         raise ExportError(f"The processor of {source} can't be loaded: {error}") from error
-    found = [Path(path) for path in cached if path]
-    names = {path.name for path in found}
     # An image processor alone has a `preprocessor_config.json`; a processor needs a tokenizer too.
-    tokenizer = names & TOKENIZER_FILES
-    if "processor_config.json" in names or (tokenizer and "preprocessor_config.json" in names):
-        load_processor(source, config)
-    elif tokenizer:
-        check_tokenizer(load_tokenizer(source), config, source)
+    if PROCESSOR_FILE in names or (IMAGE_PROCESSOR_FILE in names and names & TOKENIZER_FILES):
+        return load_processor(source, config)
+    if names & TOKENIZER_FILES:
         logger.warning("%s has no image processor: none is written.", source)
-    if not found:
-        logger.warning("%s has neither an image processor nor a tokenizer: none is written.", source)
-    return found
+        tokenizer = load_tokenizer(source)
+        check_tokenizer(tokenizer, config, source)
+        return tokenizer
+    if names:
+        logger.warning("%s has no tokenizer: none is written.", source)
+        image_processor = AutoImageProcessor.from_pretrained(source)
+        check_image_processor(image_processor, config, source)
+        return image_processor
+    logger.warning("%s has neither an image processor nor a tokenizer: none is written.", source)
+    return None
+
+
+def add_web_files(folder: Path) -> None:
+    """Let transformers.js, which knows none of this package's classes, load a folder's image processor and tokenizer.
+
+    It reads `preprocessor_config.json`, and Transformers reads that only where `processor_config.json` has no image
+    processor. Where `tokenizer_config.json` names no class, transformers.js takes its base class, which does all that
+    its CLIPTokenizer does, and Transformers takes the model's, DiffCLIPTokenizer.
+    """
+    both, alone, tokenizer = (folder / name for name in (PROCESSOR_FILE, IMAGE_PROCESSOR_FILE, TOKENIZER_FILE))
+    if alone.is_file():
+        both.write_text(json_text({"image_processor": read_json_object(alone)}), encoding="utf-8")
+    if both.is_file():
+        saved = read_json_object(both)["image_processor"]
+        fields: dict[str, Any] = {name: bool(saved.get(name)) for name in IMAGE_STEPS}
+        fields |= {name: saved[name] for name in IMAGE_NUMBERS if name in saved}
+        fields |= {"image_processor_type": "CLIPImageProcessor"}
+        alone.write_text(json_text(fields), encoding="utf-8")
+    if tokenizer.is_file():
+        # Transformers also saves how the tokenizer was loaded.
+        saved = {
+            name: value
+            for name, value in read_json_object(tokenizer).items()
+            if name not in ("is_local", "local_files_only")
+            and (name, value) != ("tokenizer_class", "DiffCLIPTokenizer")
+        }
+        tokenizer.write_text(json_text(saved), encoding="utf-8")
+
+
+def write_processing(source: str, config: DiffCLIPConfig, folder: Path) -> None:
+    """Write a model's processor, and the code that loads it, into a folder that has the model's configuration.
+
+    Args:
+        source: The model's folder or its id on the Hub.
+        config: The model's.
+        folder: What Transformers loads, and transformers.js.
+
+    Raises:
+        ValueError: As `load_processing` raises.
+    """
+    processing = load_processing(source, config)
+    if processing is not None:
+        processing.save_pretrained(folder)
+    # Else an `auto_map` of the source's would name files that aren't here.
+    add_remote_code(folder)
+    add_web_files(folder)
+
+
+def write_page(folder: Path, scale: float, int8: bool) -> None:
+    """Write a page that classifies pictures in the browser alone, with what else the folder holds.
+
+    Args:
+        folder: An export's, with a whole processor.
+        scale: Of cosine similarities to logits, exp(logit_scale).
+        int8: Whether there are graphs with int8 weights, which the page takes then.
+    """
+    for name in ("page.mjs", "fit.mjs"):
+        shutil.copyfile(PAGE_FOLDER / name, folder / name)
+    # The library knows an address of its runtime.
+    values = {"library": LIBRARY, "runtime": "", "dtype": "q8" if int8 else "fp32", "scale": scale}
+    page = Template((PAGE_FOLDER / "index.html").read_text(encoding="utf-8")).substitute(values)
+    (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 def load_eager(source: str) -> DiffCLIPModel:
@@ -446,6 +323,7 @@ def export_onnx(
     opset: int = DEFAULT_OPSET,
     int8: bool = True,
     runs: int = 5,
+    joint: bool = True,
 ) -> dict[str, Any]:
     """Export a saved model's towers into a folder, which is written only if every check passes.
 
@@ -455,6 +333,7 @@ def export_onnx(
         opset: Of ONNX's operators, one of `OPSETS`.
         int8: Whether to write the int8 versions too.
         runs: How many runs are timed; 0 for none.
+        joint: Whether to write both towers as one graph too, which takes as much room again.
 
     Returns:
         What `export_report.json` holds.
@@ -474,18 +353,23 @@ def export_onnx(
     # It finds out whether the folder can be written before the work begins.
     with written_whole(Path(folder)) as beside:
         model = load_eager(source)
-        files = find_processor(source, model.config)
         model.config.save_pretrained(beside)
-        for path in files:
-            shutil.copyfile(path, beside / path.name)
-        # Else an `auto_map` of the source's would name files that aren't here.
-        add_remote_code(beside)
+        write_processing(source, model.config, beside)
+        scale = model.logit_scale.exp().item()
+        if (beside / IMAGE_PROCESSOR_FILE).is_file() and (beside / TOKENIZER_FILE).is_file():
+            write_page(beside, scale, int8)
+        graphs = beside / GRAPH_FOLDER
+        graphs.mkdir()
+        towers = towers_of(model)
+        measured = {tower.name: export_checked(tower, graphs, opset, int8, runs) for tower in towers}
+        if joint:
+            measured["model"] = export_joint(towers, scale, graphs, int8)
         report = {
             "source": Path(source).resolve().name if Path(source).is_dir() else source,
             "opset": opset,
             "max_error": MAX_ERROR,
             "min_cosine": MIN_COSINE,
-            **{tower.name: export_checked(tower, beside, opset, int8, runs) for tower in towers_of(model)},
+            **measured,
             "runs": runs,
             "machine": describe_machine(),
             "versions": describe_versions(*PACKAGES),
@@ -514,6 +398,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-int8", dest="int8", action="store_false", help="Write the float32 graphs alone.")
     parser.add_argument(
+        "--no-joint",
+        dest="joint",
+        action="store_false",
+        help="Write the towers alone: half the room, but no pipeline of transformers.js.",
+    )
+    parser.add_argument(
         "--runs",
         type=int,
         default=5,
@@ -532,7 +422,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logger.setLevel(logging.INFO)
     args = parse_args(argv)
-    return run_command(lambda: export_onnx(args.source, args.folder, args.opset, args.int8, args.runs), logger)
+    return run_command(
+        lambda: export_onnx(args.source, args.folder, args.opset, args.int8, args.runs, args.joint), logger
+    )
 
 
 if __name__ == "__main__":

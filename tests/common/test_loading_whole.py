@@ -36,7 +36,7 @@ from diffclip_hf.common.loading import (
     load_tokenizer,
 )
 from diffclip_hf.evaluation.clip_benchmark import load_for_clip_benchmark
-from diffclip_hf.export_onnx import find_processor
+from diffclip_hf.export_onnx import load_processing
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_a_lost_limit_is_the_models(copy, caplog):
 
 def test_a_lost_image_processor(copy, caplog):
     (copy / "processor_config.json").unlink()
-    find_processor(str(copy), load_config(copy))
+    load_processing(str(copy), load_config(copy))
     assert "has no image processor: none is written" in caplog.text
     with pytest.raises(ValueError, match=r"has no processor_config\.json or preprocessor_config\.json"):
         load_processor(copy)
@@ -297,7 +297,7 @@ def test_another_models_image_processor(fields, words, copy):
     content["image_processor"] |= fields
     (copy / "processor_config.json").write_text(json.dumps(content))
     config = load_config(copy)
-    for load in (lambda: load_processor(copy, config), lambda: find_processor(str(copy), config)):
+    for load in (lambda: load_processor(copy, config), lambda: load_processing(str(copy), config)):
         with pytest.raises(ValueError, match=words):
             load()
 
