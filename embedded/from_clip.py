@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from compare import VENDORS, Measurement
-from emoji_data import TRAINING_VENDORS, load_emoji
+from emoji_data import TRAINING_VENDORS, Emoji, load_emoji
 from from_clip_report import write_report
 from peft import LoraConfig, inject_adapter_in_model
 from single_drawings import EmojiCollator, make_tokenizer
 from small_model import build_model, make_processor, make_trainer
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from diffclip_hf import DiffCLIPModel
 from diffclip_hf.common.machine import describe_machine, describe_versions
@@ -207,8 +207,8 @@ def give_added_their_rate(trainer: DiffCLIPTrainer, factor: float) -> None:
 class EpochCollator(EmojiCollator):
     """Has batches of the seed, the stage and the epoch alone, so that a run that goes on sees the same ones."""
 
-    def __init__(self, *args: Any, seed: int, stage: int):
-        super().__init__(*args, seed=seed)
+    def __init__(self, items: list[Emoji], cache_dir: Path, tokenizer: PreTrainedTokenizerBase, seed: int, stage: int):
+        super().__init__(items, TRAINING_VENDORS, cache_dir, tokenizer, seed)
         self.seeds = (seed, stage)
 
     def set_epoch(self, epoch: int) -> None:
@@ -308,17 +308,26 @@ class Runs:
         self.batch = self.collator(seed=12345, stage=0)(
             list(range(0, len(self.items), len(self.items) // BATCH))[:BATCH]
         )
-        self.done = json.loads(self.file.read_text()) if self.file.is_file() else {"settings": asdict(self.settings)}
-        if self.done["settings"] != asdict(self.settings):
+        self.done()
+
+    def done(self) -> dict[str, Any]:
+        """Return the finished runs of `figures.json`, read anew, since another process may be at other seeds.
+
+        Raises:
+            ValueError: They have other settings.
+        """
+        settings = asdict(self.settings)
+        content = json.loads(self.file.read_text()) if self.file.is_file() else {"settings": settings, "runs": {}}
+        if content["settings"] != settings:
             raise ValueError(
-                f"The runs in {self.file} have the settings {self.done['settings']}, not {asdict(self.settings)}; "
-                "give the same, or another --output-dir."
+                f"The runs in {self.file} have the settings {content['settings']}, not {settings}; give the same, or "
+                "another --output-dir."
             )
-        self.done.setdefault("runs", {})
+        return content["runs"]
 
     def collator(self, seed: int, stage: int) -> EpochCollator:
         """Return what makes batches of a seed; the CLIP's stage is 0, the arms' is 1."""
-        return EpochCollator(self.items, TRAINING_VENDORS, self.cache_dir, self.tokenizer, seed=seed, stage=stage)
+        return EpochCollator(self.items, self.cache_dir, self.tokenizer, seed, stage)
 
     def clip(self, seed: int) -> DiffCLIPModel:
         """Return the plain CLIP of a seed, trained unless there is one."""
@@ -335,7 +344,7 @@ class Runs:
 
     def arm(self, name: str, seed: int) -> None:
         """Train and measure an arm with a seed, unless its figures are there."""
-        if f"{name}-{seed}" in self.done["runs"]:
+        if f"{name}-{seed}" in self.done():
             return
         arm, first = ARMS[name], self.clip(seed)
         set_seed(seed)
@@ -375,7 +384,7 @@ class Runs:
         seconds = time.process_time() - start
         history = trainer.state.log_history
         parameters = dict(model.named_parameters())
-        self.done["runs"][f"{name}-{seed}"] = {
+        run = {
             "arm": name,
             "seed": seed,
             "steps": trainer.state.global_step,
@@ -392,9 +401,10 @@ class Runs:
             "machine": describe_machine(),
             "versions": describe_versions("accelerate", "peft"),
         }
-        write_text_whole(self.file, json.dumps(self.done, indent=1) + "\n")
+        content = {"settings": asdict(settings), "runs": {**self.done(), f"{name}-{seed}": run}}
+        write_text_whole(self.file, json.dumps(content, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        logger.info("%s, seed %d: %s", name, seed, self.done["runs"][f"{name}-{seed}"]["figures"])
+        logger.info("%s, seed %d: %s", name, seed, run["figures"])
 
 
 def main() -> None:

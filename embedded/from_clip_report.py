@@ -88,7 +88,7 @@ def pairs_table(groups: Groups) -> str:
     """Return the differences of pairs of arms as Markdown."""
     lines = [f"| | {' | '.join(VENDORS[vendor] for vendor in (HELD_OUT, TRAINED))} |", "|---|---|---|"]
     for arm, other in PAIRS:
-        if arm in groups and other in groups:
+        if arm in groups and other in groups and paired(groups, arm, other, HELD_OUT):
             cells = [shown(paired(groups, arm, other, vendor), "+.1f") for vendor in (HELD_OUT, TRAINED)]
             lines.append(f"| {NAMES[arm]} − {NAMES[other]} | {' | '.join(cells)} |")
     return "\n".join(lines)

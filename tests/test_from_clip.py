@@ -1,5 +1,7 @@
 """The experiment that trains a CLIP on as differential attention: its form, and its page."""
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,26 @@ def test_the_page_says_what_the_figures_are():
     assert "With one seed" in " ".join(page(one_seed).split())
     with pytest.raises(ValueError, match="no runs of lora"):
         page({**one_seed, "runs": {name: run for name, run in one_seed["runs"].items() if run["arm"] != "lora"}})
+
+
+@pytest.mark.skipif(not PAGE.is_dir(), reason="the runs aren't finished yet")
+def test_the_page_in_the_repository_is_of_its_runs():
+    """The page as a whole, means and deviations computed anew; and the form began where the CLIP was."""
+    from from_clip_report import page
+
+    content = json.loads((PAGE / "figures.json").read_text(encoding="utf-8"))
+    text = (PAGE / "README.md").read_text(encoding="utf-8")
+    assert page(content) == text
+    runs = content["runs"].values()
+    for arm in {run["arm"] for run in runs}:
+        for vendor in ("google", "twitter"):
+            values = [100 * run["figures"][vendor]["zero-shot top-1 among 100"] for run in runs if run["arm"] == arm]
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            assert f"| {statistics.mean(values):.1f}{deviation} |" in text
+    for run in runs:
+        if run["arm"] in ("plain", "lora", "second", "second-full"):
+            (step, first), clip = run["fixed batch"][0], content["runs"][f"clip-{run['seed']}"]["fixed batch"][-1]
+            assert (step, first) == (0, pytest.approx(clip[1], abs=1e-5))
+    for name in ("figures.png", "first_steps.png"):
+        assert f"]({name})" in text
+        assert (PAGE / name).stat().st_size > 10_000
