@@ -78,8 +78,8 @@ CORE_SHAPES = [
     (1, 2049, 12, 64, False),
     (1, 4097, 12, 64, False),
 ]
-
-
+# Our implementations that run on a device.
+IMPLEMENTATIONS = {"cpu": ["sdpa", "eager"], "cuda": ["sdpa", "eager", "flash_attention_2", "differential_triton"]}
 OWN_FORMS = ("formula", "blocks", "two SDPA calls")
 # (batch, tokens)
 TEXT_SHAPES = [(8, 77), (64, 12), (1, 8)]
@@ -289,24 +289,19 @@ def inputs_of(model: nn.Module, batch: int, image_size: int, tokens: int = 77) -
     return {"input_ids": inputs["input_ids"].to(model.device), "pixel_values": pixel_values}
 
 
-def implementations(device: str) -> list[str]:
-    """Return our implementations that run here."""
-    return ["sdpa", "eager"] if device == "cpu" else ["sdpa", "eager", "flash_attention_2", "differential_triton"]
-
-
-def image_cases(device: str, batches: list[int], image_sizes: list[int]) -> Iterator[Case]:
+def image_cases(device: str, own: list[str], batches: list[int], image_sizes: list[int]) -> Iterator[Case]:
     """Yield the image tower's forward pass."""
     for image_size in image_sizes:
-        models = {name: build(name, image_size, device) for name in (CLIP, QUICK_GELU, *implementations(device))}
+        models = {name: build(name, image_size, device) for name in (CLIP, QUICK_GELU, *own)}
         for batch in batches:
             inputs = inputs_of(models[CLIP], batch, image_size)
             runs = {name: tower_run(model, "image", inputs) for name, model in models.items()}
             yield Case("images", "image tower", {"batch": batch, "image_size": image_size}, CLIP, runs)
 
 
-def text_cases(device: str) -> Iterator[Case]:
+def text_cases(device: str, own: list[str]) -> Iterator[Case]:
     """Yield the text tower's forward pass."""
-    models = {name: build(name, 224, device) for name in (CLIP, *implementations(device))}
+    models = {name: build(name, 224, device) for name in (CLIP, *own)}
     for batch, tokens in TEXT_SHAPES:
         inputs = inputs_of(models[CLIP], batch, 224, tokens)
         runs = {name: tower_run(model, "text", inputs) for name, model in models.items()}
@@ -339,9 +334,9 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def busy_cases(device: str) -> Iterator[Case]:
+def busy_cases(device: str, own: list[str]) -> Iterator[Case]:
     """Yield the image tower's forward pass beside busy processes, which run while the case is measured."""
-    models = {name: build(name, 224, device) for name in (CLIP, *implementations(device))}
+    models = {name: build(name, 224, device) for name in (CLIP, *own)}
     inputs = inputs_of(models[CLIP], 8, 224)
     runs = {name: tower_run(model, "image", inputs) for name, model in models.items()}
     for count in (1, 2):
@@ -377,9 +372,9 @@ def training_run(model: nn.Module, batch: int, device: str) -> Callable[[], obje
     return step
 
 
-def training_cases(device: str, batches: list[int]) -> Iterator[Case]:
+def training_cases(device: str, own: list[str], batches: list[int]) -> Iterator[Case]:
     """Yield whole training steps."""
-    names = [CLIP, *implementations(device)]
+    names = [CLIP, *own]
     for batch in batches:
         runs = {name: training_run(build(name, 224, device), batch, device) for name in names}
         yield Case("training", "training step", {"batch": batch}, CLIP, runs)
@@ -600,18 +595,18 @@ def same_case(result: dict) -> tuple:
 
 def all_results(only: list[str], args: argparse.Namespace) -> Iterator[dict]:
     """Measure the parts that are asked for."""
-    device = args.device
+    device, own = args.device, args.implementations or IMPLEMENTATIONS[args.device]
     with tempfile.TemporaryDirectory() as folder:
         cases = {
             "core": lambda: core_cases(device, args.core_tokens),
             "projections": lambda: projection_cases(device),
             "images": lambda: image_cases(
-                device, args.batches or ([1, 8] if device == "cpu" else [1, 8, 64, 256]), args.image_sizes
+                device, own, args.batches or ([1, 8] if device == "cpu" else [1, 8, 64, 256]), args.image_sizes
             ),
-            "texts": lambda: text_cases(device),
+            "texts": lambda: text_cases(device, own),
             "compiled": lambda: compiled_cases(device),
-            "busy": lambda: busy_cases(device),
-            "training": lambda: training_cases(device, args.training_batches),
+            "busy": lambda: busy_cases(device, own),
+            "training": lambda: training_cases(device, own, args.training_batches),
             "startup": lambda: startup_cases(Path(folder)),
         }
         for part in only:
@@ -643,6 +638,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--seconds", type=float, default=6, help="for each case, beyond its least number of rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="of ours, beside CLIPModel; all that run")
     parser.add_argument("--batches", nargs="+", type=int, help="of the image tower; 1 8, and 64 256 too on a GPU")
     parser.add_argument("--image-sizes", nargs="+", type=int, default=[224, 336], help="of the images part")
     parser.add_argument("--core-tokens", nargs="+", type=int, metavar="TOKENS", help="of the core's shapes; all")
