@@ -42,7 +42,7 @@ from diffclip_hf.model.image_reading_diffclip import read_image
 GOAL = 0.9
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "diffclip-emoji"
 # Width, height, how many, and how often each is read in a round.
-SIZES = {"500x375": (500, 375, 64, 16), "12 megapixels": (4000, 3000, 8, 3)}
+SIZES = {"500x375": (500, 375, 64, 16), "12 megapixels": (4000, 3000, 8, 2)}
 BACKENDS = {"torchvision": DiffCLIPImageProcessor, "Pillow": DiffCLIPImageProcessorPil}
 WHOLE = "classifier"
 PARTS = [*(f"{size} {backend}" for size in SIZES for backend in BACKENDS), WHOLE]
