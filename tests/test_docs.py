@@ -1,6 +1,7 @@
 """Every snippet of the README and of the site runs, and what they say of commands and figures is so."""
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -29,7 +30,8 @@ BLOCKS = [
 ]
 # Tests of their own, below and in test_transformers_js.py: what needs many steps, what a command has written before,
 # or what may not be installed.
-OWN = ("load_digits", "onnxruntime", "diffclip-vitb16", "fastapi", "build/embeddings")
+OWN = ("load_digits", "onnxruntime", "diffclip-vitb16", "fastapi", "build/embeddings", "transformers.exporters")
+LIBRARIES = "docs/guides/other_libraries.md"
 # Run from its beginning to its end, for each step needs what another has written.
 FORGET = "docs/guides/forget.md"
 PYTHON: list[tuple[str, str]] = []
@@ -102,7 +104,7 @@ def test_every_page_of_the_reference_has_an_example():
     [
         pytest.param(page, code, id=f"{page}-{number}")
         for number, (page, code) in enumerate(PYTHON)
-        if not any(word in code for word in OWN)
+        if page != LIBRARIES and not any(word in code for word in OWN)
     ],
 )
 def test_python_snippet(page, code, python):
@@ -191,6 +193,26 @@ def test_a_set_is_embedded_and_read(python):
     assert python("-c", code).splitlines() == re.findall(r"# (.*)", code)
 
 
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [
+        ("sentence_transformers", "SentenceTransformerTrainer"),
+        ("mteb", "mteb"),
+        ("torchmetrics", "torchmetrics"),
+        ("datasets", "num_proc"),
+        ("accelerate", "dispatch_model"),
+        ("transformers.exporters", "transformers.exporters"),
+    ],
+)
+def test_what_other_libraries_print(module, word, python):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} isn't installed")
+    if module == "transformers.exporters" and not hasattr(importlib.import_module(module), "ExportedModel"):
+        pytest.skip("this Transformers can't load what its exporters write")
+    (code,) = (code for page, code in PYTHON if page in (LIBRARIES, "docs/guides/deploy.md") and word in code)
+    assert python("-c", code).splitlines()[-1] == re.findall(r"^# (.*)", code, re.MULTILINE)[-1]
+
+
 SERVING = """
 import json, socket, threading, time, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -214,29 +236,46 @@ thread = threading.Thread(target=server.run, args=([listening],))
 thread.start()
 while not server.started:
     time.sleep(0.05)
+
+# The first batch is held up until the other clients wait.
+sizes, encode = [], images.encode
+def wait_and_encode(rows):
+    while not sizes and len(rows) + images.waiting.qsize() < 16:
+        time.sleep(0.01)
+    sizes.append(len(rows))
+    return encode(rows)
+images.encode = wait_and_encode
 names = ["pizza", "rocket", "guitar", "dog-face"]
 pictures = [Path(f"embedded/pictures/{name}.png").read_bytes() for name in names]
 labels = post("texts", json.dumps(["pizza", "rocket", "guitar", "dog face"]).encode(), "application/json")
 with ThreadPoolExecutor(16) as threads:
-    images = list(threads.map(lambda index: post("image", pictures[index % 4], "image/png"), range(64)))
+    embedded = list(threads.map(lambda index: post("image", pictures[index % 4], "image/png"), range(64)))
 refused = [post("image", b"no picture", "image/png"), post("texts", b"[]", "application/json")]
+images.encode = lambda rows: encode([row[:, :5, :5] for row in rows])
+refused.append(post("image", pictures[0], "image/png"))
+images.encode = encode
+embedded.append(post("image", pictures[0], "image/png"))
 server.should_exit = True
 thread.join()
-print("SERVED", json.dumps([labels, images, refused]))
+print("SERVED", json.dumps([labels, embedded, refused, sizes]))
 """
 
 
 def test_sixteen_clients_of_the_server_get_their_own_embeddings(python):
+    """From shared batches; what one of them sends wrong, or the model refuses, doesn't stop the rest."""
     pytest.importorskip("fastapi", reason="FastAPI comes with Gradio, which isn't installed")
     printed = python("-c", one_block("docs/guides/deploy.md", "FastAPI()") + SERVING)
-    (status, texts), images, refused = json.loads(printed.split("SERVED ")[1])
+    (status, texts), images, refused, sizes = json.loads(printed.split("SERVED ")[1])
     assert status == 200
-    assert [status for status, _ in images] == [200] * 64
+    assert [status for status, _ in images] == [200] * 65
+    assert sum(sizes) == 64
+    assert 8 <= max(sizes[:2]) <= 16
     found = torch.tensor([embeds for _, embeds in images])
-    assert torch.allclose(found.norm(dim=1), torch.ones(64))
-    assert (found @ torch.tensor(texts).T).argmax(1).tolist() == [0, 1, 2, 3] * 16
-    assert [status for status, _ in refused] == [422, 422]
+    assert torch.allclose(found.norm(dim=1), torch.ones(65))
+    assert (found @ torch.tensor(texts).T).argmax(1).tolist() == [*[0, 1, 2, 3] * 16, 0]
+    assert [status for status, _ in refused] == [422] * 3
     assert "isn't a picture" in refused[0][1]
+    assert "pixel_values is 5x5 pixels" in refused[2][1]
 
 
 def test_from_the_hub_and_back(clone, warm_python, tmp_path):

@@ -31,8 +31,9 @@ def embedded() -> tuple:
 @pytest.mark.parametrize(
     ("target", "tower"),
     [
-        ("Dynamo", "vision"),
         ("Onnx", "text"),
+        # The guide exports the image tower so.
+        pytest.param("Dynamo", "vision", marks=pytest.mark.slow),
         pytest.param("Dynamo", "text", marks=pytest.mark.slow),
         pytest.param("Onnx", "vision", marks=pytest.mark.slow),
     ],

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,9 @@ def _become(arguments: list[str]) -> None:
     if first == "-c":
         code, *others = rest
         sys.argv, sys.path[0] = ["-c", *others], ""
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        # What pickles a function by its name, or leaves that to `dill`, looks for it there.
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), sys.modules["__main__"].__dict__)
     elif first == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
