@@ -44,10 +44,15 @@ def write_shards(folder: Path, count: int) -> None:
                 archive.addfile(info, io.BytesIO(files[number % 64]))
 
 
-def plain_loop(model_name: str, source: str) -> tuple[float, float]:
-    """Embed shards as one would by hand; return when it began and ended."""
+def clocks() -> tuple[float, float]:
+    """Return the time, and the processors' time of this process and of those that it has waited for, in seconds."""
+    return time.time(), sum(os.times()[:4])
+
+
+def plain_loop(model_name: str, source: str) -> list[tuple[float, float]]:
+    """Embed shards as one would by hand; return the clocks when it began and ended."""
     model, processor = AutoModel.from_pretrained(model_name).eval(), AutoProcessor.from_pretrained(model_name)
-    start, found = time.time(), []
+    start, found = clocks(), []
     for path in sorted(Path(source).glob("*.tar")):
         with tarfile.open(path) as archive:
             members = archive.getmembers()
@@ -59,25 +64,25 @@ def plain_loop(model_name: str, source: str) -> tuple[float, float]:
                     embeds = model.get_image_features(pixels).pooler_output
                 found.append(torch.nn.functional.normalize(embeds).half().numpy())
     np.save(Path(source) / "plain.npy", np.concatenate(found))
-    return start, time.time()
+    return [start, clocks()]
 
 
-def command(model_name: str, source: str, output: str) -> tuple[float, float]:
-    """Run the command; return when this process began and ended its parts."""
-    times: list[float] = []
+def command(model_name: str, source: str, output: str) -> list[tuple[float, float]]:
+    """Run the command; return the clocks when this process began and ended its parts."""
+    times: list[tuple[float, float]] = []
     usual = embed._embed_own
 
     def timed(*args: Any) -> None:
-        times.append(time.time())
+        times.append(clocks())
         usual(*args)
-        times.append(time.time())
+        times.append(clocks())
 
     embed._embed_own = timed
     embed.run(embed.build_parser().parse_args([source, output, "--model", model_name, "--device", "cpu"]))
-    return times[0], times[1]
+    return times
 
 
-def child(rank: str, processes: str, port: str, *arguments: str) -> tuple[float, float]:
+def child(rank: str, processes: str, port: str, *arguments: str) -> list[tuple[float, float]]:
     """Be one of the processes; as launchers have it, each has its share of the cores."""
     torch.set_num_threads(max(1, usable_cores() // int(processes)))
     if int(processes) > 1:
@@ -86,18 +91,19 @@ def child(rank: str, processes: str, port: str, *arguments: str) -> tuple[float,
     return plain_loop(*arguments) if len(arguments) == 2 else command(*arguments)
 
 
-def seconds(processes: int, *arguments: object) -> float:
-    """Return how long so many processes take together."""
+def seconds(processes: int, *arguments: object) -> tuple[float, float]:
+    """Return how long so many processes take together, and their processors' time."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     times = run_children(__file__, [(rank, processes, port, *arguments) for rank in range(processes)])
-    return max(end for _, end in times) - min(start for start, _ in times)
+    wall = max(end[0] for _, end in times) - min(start[0] for start, _ in times)
+    return wall, sum(end[1] - start[1] for start, end in times)
 
 
 def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
     """Return pictures a second of each way."""
-    times: dict[str, list[float]] = {"plain_loop": [], "one_process": [], "two_processes": []}
+    times: dict[str, list[tuple[float, float]]] = {"plain_loop": [], "one_process": [], "two_processes": []}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), count)
         for number in range(rounds):
@@ -111,8 +117,11 @@ def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
                 )
             # The two read a JPEG by the same code; float16 rounds the rest away.
             difference = float(np.abs(found.astype("float32") - plain.astype("float32")).max())
-            sys.stderr.write(f"round {number + 1}: {[round(kept[-1], 2) for kept in times.values()]} s\n")
-    rates = {name: round(count / statistics.median(kept), 1) for name, kept in times.items()}
+            sys.stderr.write(f"round {number + 1}: {[kept[-1] for kept in times.values()]} s\n")
+    walls, cores = ({name: [round(one[which], 2) for one in kept] for name, kept in times.items()} for which in (0, 1))
+    rates, of_cores = (
+        {name: round(count / statistics.median(kept), 1) for name, kept in taken.items()} for taken in (walls, cores)
+    )
     return {
         "model": model,
         "pictures": count,
@@ -122,7 +131,10 @@ def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "pictures_per_second": rates,
         "times_plain_loop": {name: round(rates[name] / rates["plain_loop"], 2) for name in rates},
-        "seconds": {name: [round(one, 2) for one in kept] for name, kept in times.items()},
+        # Of which other work on the machine takes nothing.
+        "pictures_per_second_of_a_core": of_cores,
+        "seconds": walls,
+        "seconds_of_cores": cores,
         "largest_difference": difference,
         **measured_on(packages=("pillow", "numpy", "torchvision", "accelerate")),
     }

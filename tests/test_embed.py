@@ -346,6 +346,7 @@ def test_what_cant_work_is_refused_before_the_work(data, tmp_path, caplog):
         (data / "shards", tmp_path / "file" / "in", (), "can't be written"),
         (data / "shards", data / "shards" / "in", (), "of which it would become a part"),
         (data / "shards", new, ("--split", "test"), "--split can't be used with"),
+        (data / "shards", new, ("--device", "gpu"), "device"),
         (data / "shards", new, ("--part-rows", "0"), "part_rows is 0; it must be at least 1"),
         (data / "shards", new, ("--batch-size", "0"), "batch_size is 0"),
         (data / "shards", new, ("--max-skipped-share", "2"), "max_skipped_share is 2.0; it must be in 0..1"),

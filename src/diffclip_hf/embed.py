@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from .common.commands import EXPECTED, CommandParser, require_extra, run_command, warn_of_one_process
 from .common.embedding_parts import IMAGES, REPORT, TEXTS, EmbeddingParts, PartWriter, begin, check_place
 from .common.keys import describe, fingerprint
+from .common.loading import check_device
 from .common.reading_ahead import check_num_workers
 from .common.reading_batches import read_batches
 from .common.whole_files import write_text_whole
@@ -40,8 +41,8 @@ from .model.image_fetching_diffclip import one_line
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
 Parts = ShardParts | TableParts
-# A process may wait for as long as another has work.
-WAITS = timedelta(days=30)
+# A process may wait for as long as another has work; gloo counts in milliseconds, of which int32 holds 24 days.
+WAITS = timedelta(days=14)
 PART_ROWS = 10_000
 # What tar shards have no use for.
 TABLE_OPTIONS = ("split", "image_column", "caption_column", "part_rows")
@@ -131,11 +132,11 @@ def start_processes(device: str | None) -> Any:
         device: Where the model runs, None for what accelerate chooses.
 
     Raises:
-        ValueError: Several processes would share one GPU.
+        ValueError: As `check_device` raises, or several processes would share one GPU.
     """
     from accelerate import PartialState
 
-    on_cpu = not torch.cuda.is_available() if device is None else torch.device(device).type == "cpu"
+    on_cpu = not torch.cuda.is_available() if device is None else check_device(device).type == "cpu"
     state = PartialState(cpu=on_cpu, timeout=WAITS)
     if device is not None and ":" in device and state.num_processes > 1:
         raise ValueError(f"device is {device}, and there are {state.num_processes} processes; leave it to accelerate.")
