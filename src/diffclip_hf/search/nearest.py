@@ -54,11 +54,12 @@ class Exact:
 
     def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         for some in queries.split(max(1, MOST_SCORES // len(self.embeds))):
-            # By numpy, for torch's products may be in bfloat16, as autocast or the precision that was set asks.
-            for scores in torch.from_numpy(some.numpy() @ self.embeds.numpy().T):
-                least = scores.topk(count).values[-1]
+            # By numpy, for torch's products may be in bfloat16, as autocast or the precision that was set asks; and
+            # its threads would wait for each other in each of the small steps after it.
+            for scores in some.numpy() @ self.embeds.numpy().T:
+                least = np.partition(scores, len(scores) - count)[len(scores) - count]
                 # All that may be as near as the last, for what is equally near is ordered by names.
-                yield (scores >= least - 2 * ROUNDING).nonzero()[:, 0]
+                yield torch.from_numpy(np.flatnonzero(scores >= least - 2 * ROUNDING))
 
     def to_bytes(self) -> None:
         return None
@@ -192,9 +193,11 @@ def ranked(
         rows: Which rows.
         count: How many to return.
     """
-    vector = query.double()
-    parts = [(embeds[some].double() * vector).sum(dim=1) for some in rows.split(ROWS_AT_ONCE)]
-    scores = torch.cat(parts).tolist()
+    vector, table = query.double().numpy(), embeds.numpy()
+    scores: list[float] = []
+    for some in rows.split(ROWS_AT_ONCE):
+        # Row by row in the same way, so that equal embeddings have equal scores, as they needn't in a product.
+        scores += (table[some.numpy()] * vector).sum(axis=1).tolist()
     pairs = sorted(zip(scores, (names[row] for row in rows.tolist()), strict=True), key=lambda one: (-one[0], one[1]))
     return pairs[:count]
 
