@@ -82,9 +82,9 @@ def command(model_name: str, source: str, output: str) -> list[tuple[float, floa
     return times
 
 
-def child(rank: str, processes: str, port: str, *arguments: str) -> list[tuple[float, float]]:
+def child(rank: str, processes: str, port: str, threads: str, *arguments: str) -> list[tuple[float, float]]:
     """Be one of the processes; as launchers have it, each has its share of the cores."""
-    torch.set_num_threads(max(1, usable_cores() // int(processes)))
+    torch.set_num_threads(max(1, int(threads) // int(processes)))
     if int(processes) > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -101,16 +101,16 @@ def seconds(processes: int, *arguments: object) -> tuple[float, float]:
     return wall, sum(end[1] - start[1] for start, end in times)
 
 
-def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
-    """Return pictures a second of each way."""
+def measure(model: str, count: int, rounds: int, threads: int) -> dict[str, Any]:
+    """Return pictures a second of each way, with so many threads of torch for all processes."""
     times: dict[str, list[tuple[float, float]]] = {"plain_loop": [], "one_process": [], "two_processes": []}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), count)
         for number in range(rounds):
             with tempfile.TemporaryDirectory() as output:
-                times["plain_loop"].append(seconds(1, model, folder))
-                times["one_process"].append(seconds(1, model, folder, f"{output}/1"))
-                times["two_processes"].append(seconds(2, model, folder, f"{output}/2"))
+                times["plain_loop"].append(seconds(1, threads, model, folder))
+                times["one_process"].append(seconds(1, threads, model, folder, f"{output}/1"))
+                times["two_processes"].append(seconds(2, threads, model, folder, f"{output}/2"))
                 found, plain = (
                     np.concatenate([np.load(path) for path in sorted(paths)])
                     for paths in (Path(output, "2", "img_emb").glob("*.npy"), [Path(folder, "plain.npy")])
@@ -129,6 +129,7 @@ def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
         "batch_size": BATCH,
         "rounds": rounds,
         "usable_cores": usable_cores(),
+        "threads": threads,
         "pictures_per_second": rates,
         "times_plain_loop": {name: round(rates[name] / rates["plain_loop"], 2) for name in rates},
         # Of which other work on the machine takes nothing.
@@ -145,9 +146,10 @@ def main() -> int:
     parser = make_parser(__doc__, __file__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of torch, which processes share")
     parser.add_argument("--model", default=str(EMBEDDED))
     args = parser.parse_args()
-    result = measure(args.model, args.pictures, args.rounds)
+    result = measure(args.model, args.pictures, args.rounds, args.threads)
     write_report(args.output, result)
     sys.stdout.write(f"pictures a second: {result['pictures_per_second']}\n")
     return 0
