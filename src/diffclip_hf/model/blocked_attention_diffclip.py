@@ -13,9 +13,6 @@ from .precision_diffclip import at_least_float32
 # Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/speed.py. Smaller
 # blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
 BLOCK_ENTRIES_PER_THREAD = 2**18
-# Entries of a batch row's maps below which rows are put together, for fewer calls. That takes copies: queries, keys
-# and values lie by batch rows, tokens and heads, and a batched product takes one dimension of matrices.
-LEAST_ENTRIES = 2**13
 # Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
 LEAST_ROWS = 256
 # Keys below which PyTorch's softmax over the last dimension is slow: a vector register holds no more.
@@ -43,9 +40,11 @@ def _block_sizes(query: torch.Tensor, whole_rows: bool = False) -> tuple[int, in
     batch_size, num_heads, length, _ = query.shape
     num_threads = torch.get_num_threads()
     entries = BLOCK_ENTRIES_PER_THREAD * num_threads
-    row_entries = num_heads * length * length
-    if row_entries < LEAST_ENTRIES:
-        return min(batch_size, max(1, entries // row_entries)), num_heads // 2, length
+    # More where whole batch rows are put together. It takes copies of queries, keys and values, but single rows, which
+    # take none, are slower beside busy processes: each product waits for all threads.
+    batch = min(batch_size, 4 * entries // (num_heads * length * length))
+    if batch > 1:
+        return batch, num_heads // 2, length
     # A batched product runs one matrix a thread.
     pairs = min(num_heads // 2, max(num_threads, entries // (2 * length * length)))
     rows = length if whole_rows else max(LEAST_ROWS, entries // (2 * pairs * length))
