@@ -62,11 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--cache-dir", type=Path, required=True, help="for the drawings, fetched on the first run")
-    parser.add_argument("--variant", default="diffclip", choices=VARIANTS)
+    parser.add_argument("--variant", default="diffclip-dagger", choices=VARIANTS)
     parser.add_argument(
         "--start-from", type=Path, help="a folder with another such model, whose weights to begin with"
     )
-    parser.add_argument("--epochs", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=620)
     parser.add_argument("--decay", type=float, default=0.3, help="the last share, in which the learning rate falls")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
