@@ -76,7 +76,9 @@ pytest-oldest: $(OLDEST)/.ready
 
 # Trains the embedded model anew, on scenes, and measures it on the held-out vendor; about an hour on two cores.
 embedded: $(VENV)/.dev-ready
-	$(VENV)/bin/python embedded/train.py --output-dir build/embedded --cache-dir .cache/embedded
+	$(VENV)/bin/python embedded/train.py --output-dir build/embedded-first --cache-dir .cache/embedded
+	$(VENV)/bin/python embedded/train.py --output-dir build/embedded --cache-dir .cache/embedded \
+		--start-from build/embedded-first --epochs 130 --learning-rate 7e-4 --decay 0.7 --seed 1
 	$(VENV)/bin/python embedded/evaluate.py --model build/embedded --cache-dir .cache/embedded
 
 # The embedded model's copies of the code that travels, after a change to it; a test compares them.
