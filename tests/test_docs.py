@@ -119,7 +119,7 @@ def test_what_the_readme_says_is_printed(python):
 
 
 def test_what_the_readme_says_is_found(python):
-    code = one_block("README.md", "encode_image")
+    code = one_block("README.md", "ImageIndex(")
     assert python("-c", code).splitlines()[-1] == re.findall(r"# (.*)", code)[-1]
 
 
