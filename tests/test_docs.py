@@ -245,9 +245,9 @@ def wait_and_encode(rows):
     sizes.append(len(rows))
     return encode(rows)
 images.encode = wait_and_encode
-names = ["pizza", "rocket", "guitar", "dog-face"]
+names = ["pizza", "rocket", "snowman", "dog-face"]
 pictures = [Path(f"embedded/pictures/{name}.png").read_bytes() for name in names]
-labels = post("texts", json.dumps(["pizza", "rocket", "guitar", "dog face"]).encode(), "application/json")
+labels = post("texts", json.dumps(["pizza", "rocket", "snowman", "dog face"]).encode(), "application/json")
 with ThreadPoolExecutor(16) as threads:
     embedded = list(threads.map(lambda index: post("image", pictures[index % 4], "image/png"), range(64)))
 refused = [post("image", b"no picture", "image/png"), post("texts", b"[]", "application/json")]

@@ -66,7 +66,8 @@ def clip(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "clip-random"
     processor = AutoProcessor.from_pretrained(MODEL)
     text = {**TOWER, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 32}
-    text |= {"bos_token_id": 1722, "eos_token_id": 1723, "pad_token_id": 1723}
+    tokenizer = processor.tokenizer
+    text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     torch.manual_seed(0)
     config = CLIPConfig(
         text_config=text, vision_config={**TOWER, "image_size": 48, "patch_size": 8}, projection_dim=24
