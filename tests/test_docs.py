@@ -204,6 +204,8 @@ def test_a_set_is_embedded_and_read(python):
         ("transformers.exporters", "transformers.exporters"),
     ],
 )
+# Transformers 5.18 imports what torch warns of.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_what_other_libraries_print(module, word, python):
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} isn't installed")
