@@ -102,6 +102,22 @@ def _with_folders_listed(images: Iterable[Any]) -> Iterator[Any]:
             yield image
 
 
+def pixel_values_of(image_processor: Any, source: Any) -> torch.Tensor:
+    """Return one image's pixel values, float32, (1, channels, height, width).
+
+    Args:
+        image_processor: The model's.
+        source: An array as the image processor takes it, or what `read_image` reads.
+
+    Raises:
+        ValueError: It isn't an image, or can't be read.
+    """
+    if not (source is None or is_single(source) or isinstance(source, (str, os.PathLike))):
+        raise ValueError(f"it is of type {type(source).__name__}, which isn't an image's, a path's or a URL's.")
+    image = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_image(source)
+    return image_processor(images=[image], return_tensors="pt")["pixel_values"]
+
+
 def image_sources(images: Any) -> tuple[Iterable[Any], int | None]:
     """Return what yields the single images, unread, and how many there are, or None where that isn't known."""
     if is_single(images):
@@ -432,15 +448,9 @@ class ZeroShotClassifier:
         index, source, lock = row
         try:
             with lock or nullcontext():
-                return self._pixel_values(source), None
+                return pixel_values_of(self.processor.image_processor, source), None
         except Exception as error:
             raise _unreadable(index, source, error) from error
-
-    def _pixel_values(self, source: Any) -> torch.Tensor:
-        if source is not None and not is_single(source):
-            raise ValueError(f"it is of type {type(source).__name__}, which isn't an image's, a path's or a URL's.")
-        image = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_image(source)
-        return self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
 
     def _image_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return a batch's logits, float32, (batch, labels), on the CPU."""
@@ -519,4 +529,5 @@ __all__ = [
     "is_single",
     "label_texts",
     "mean_label_embeds",
+    "pixel_values_of",
 ]

@@ -22,9 +22,9 @@ from transformers.utils import logging
 from ..common.keys import UnknownContentError, describe, embedding_key, fingerprint, model_fingerprint
 from ..common.known_files import all_tell_changes, find_out, signature_of
 from ..evaluation.encoder import Encoder
-from ..zero_shot import image_files
+from ..zero_shot import image_files, pixel_values_of
 from .files import read_rows, write_rows
-from .pictures import embed_pictures, pixel_values
+from .pictures import embed_pictures
 
 
 logger = logging.get_logger(__name__)
@@ -217,7 +217,7 @@ def embed_folder(
     def digest_and_pixels(path: str) -> tuple[str, torch.Tensor | None]:
         content = Path(path).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        return digest, None if digest in known else pixel_values(encoder.processor.image_processor, content)
+        return digest, None if digest in known else pixel_values_of(encoder.processor.image_processor, content)
 
     def read(index: int) -> tuple[tuple[str, Any], torch.Tensor | None]:
         try:

@@ -18,11 +18,18 @@ from ..common.keys import UnknownContentError
 from ..common.loading import check_path
 from ..common.whole_files import check_output_file
 from ..evaluation.encoder import Encoder, check_finite
-from ..zero_shot import IMAGE_SUFFIXES, image_sources, is_single, label_texts, mean_label_embeds
+from ..zero_shot import (
+    IMAGE_SUFFIXES,
+    image_sources,
+    is_single,
+    label_texts,
+    mean_label_embeds,
+    pixel_values_of,
+)
 from .files import read_rows, write_rows
 from .folders import embed_folder, identity_of
 from .nearest import Nearest, make_nearest, ranked
-from .pictures import embed_pictures, pixel_values
+from .pictures import embed_pictures
 
 
 FORMAT = "diffclip_hf image index 1"
@@ -335,7 +342,7 @@ class ImageIndex:
 
         def read(source: Any) -> tuple[str | None, torch.Tensor | None]:
             try:
-                return None, pixel_values(image_processor, source)
+                return None, pixel_values_of(image_processor, source)
             except ValueError as error:
                 return str(error), None
 

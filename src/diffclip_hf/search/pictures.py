@@ -1,38 +1,18 @@
 """Pictures' embeddings, as they come."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from transformers.utils import logging
 
 from ..common.reading_batches import read_batches
 from ..evaluation.encoder import Encoder, check_finite
-from ..model.image_reading_diffclip import read_image
-from ..zero_shot import is_single
 
 
 Item = TypeVar("Item")
 Said = TypeVar("Said")
-
-
-def pixel_values(image_processor: Any, source: Any) -> torch.Tensor:
-    """Return a picture's pixel values, float32, (1, channels, height, width).
-
-    Args:
-        image_processor: The model's.
-        source: An array as the image processor takes it, or what `read_image` reads.
-
-    Raises:
-        ValueError: It isn't a picture, or can't be read.
-    """
-    if source is None or not (is_single(source) or isinstance(source, (str, os.PathLike))):
-        raise ValueError(f"it is of type {type(source).__name__}, which isn't a picture's, a path's or a URL's.")
-    image = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_image(source)
-    return image_processor(images=[image], return_tensors="pt")["pixel_values"]
 
 
 def embed_pictures(
@@ -76,4 +56,4 @@ def embed_pictures(
             bar.update(len(rest))
 
 
-__all__ = ["embed_pictures", "pixel_values"]
+__all__ = ["embed_pictures"]
