@@ -52,6 +52,7 @@ from ..common.whole_files import check_output_folder, written_whole
 from ..model.hub_cache_diffclip import checked_downloads
 from ..model.image_fetching_diffclip import one_line
 from ..model.image_processing_diffclip import SLIPEvaluationTransform
+from .download import add_hub_options
 from .original_checkpoint import ConversionError
 from .parity_gate import TEXTS, Inputs, converted_outputs, count_parameters, measure, pictures, random_inputs
 from .report import assume, write_report
@@ -396,12 +397,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--to-clip", action="store_true", help="Go back: --model is a DiffCLIPModel that can be a CLIPModel."
     )
-    parser.add_argument(
-        "--revision", metavar="REV", help="The repository's branch, tag or commit. (default: its main branch)"
-    )
-    parser.add_argument(
-        "--token", metavar="TOKEN", help="A token of the Hub. (default: HF_TOKEN, or that of `hf auth login`)"
-    )
+    add_hub_options(parser)
     parser.add_argument(
         "--no-processor", action="store_true", help="Save neither the tokenizer nor the image processor."
     )

@@ -37,7 +37,7 @@ from ..common.commands import CommandParser, run_command, started_as
 from ..common.loading import check_tokenizer, load_tokenizer
 from ..common.whole_files import check_output_folder, written_whole
 from .clip_vocabulary import VOCABULARY_SIZE, clip_tokenizer, find_merges_file
-from .download import KNOWN_REPOSITORIES, download_checkpoint
+from .download import KNOWN_REPOSITORIES, add_hub_options, download_checkpoint
 from .original_checkpoint import ConversionError, check_tensors, listed, load_state_dict
 from .original_keys import key_table_of
 from .parity_gate import random_inputs, real_inputs, reference_outputs, run_gate
@@ -449,12 +449,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--filename", metavar="NAME", help="The checkpoint's name in the repository. (default: checkpoint_best.pt)"
     )
-    parser.add_argument(
-        "--revision", metavar="REV", help="The repository's branch, tag or commit. (default: its main branch)"
-    )
-    parser.add_argument(
-        "--token", metavar="TOKEN", help="A token of the Hub. (default: HF_TOKEN, or that of `hf auth login`)"
-    )
+    add_hub_options(parser)
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="The folder to write, new or empty.")
     parser.add_argument(
         "--variant",

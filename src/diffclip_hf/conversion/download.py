@@ -1,5 +1,6 @@
 """Fetch a checkpoint of the original code from the Hub."""
 
+import argparse
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -30,6 +31,16 @@ KNOWN_REPOSITORIES = {
     "hammh0a/SynthCLIP_ViTB16_20M": "clip",
     "hammh0a/SynthCLIP_ViTB16_30M": "clip",
 }
+
+
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is read of the Hub, and as whom."""
+    parser.add_argument(
+        "--revision", metavar="REV", help="The repository's branch, tag or commit. (default: its main branch)"
+    )
+    parser.add_argument(
+        "--token", metavar="TOKEN", help="A token of the Hub. (default: HF_TOKEN, or that of `hf auth login`)"
+    )
 
 
 def download_checkpoint(repo_id: str, filename: str, revision: str | None, token: str | None) -> tuple[Path, str]:
