@@ -8,7 +8,9 @@ const [file, drop, shown, labels, template, status, scores] = [
 const textEmbeds = new Map();
 let tower, tokenizer, processor, RawImage, textTower;
 let imageEmbeds = null;
-// Only the last request is shown.
+let withoutPicture = "Choose a picture.";
+// Only the last picture and the last request are shown.
+let picture = 0;
 let request = 0;
 
 function say(words, wrong = false) {
@@ -67,7 +69,7 @@ async function classify() {
   const mine = ++request;
   const names = [...new Set(labels.value.split(/[,\n]/).map((name) => name.trim()).filter(Boolean))];
   scores.replaceChildren();
-  if (!imageEmbeds) return say("Choose a picture.");
+  if (!imageEmbeds) return say(withoutPicture);
   if (!names.length) return say("Write at least one label.", true);
   if (!template.value.includes("{}")) return say("The sentence needs {}, for the label.", true);
   const texts = await embed(names.map((name) => template.value.replaceAll("{}", name)));
@@ -77,19 +79,26 @@ async function classify() {
 }
 
 async function take(blob) {
-  const picture = document.createElement("img");
-  picture.alt = "Your picture";
-  picture.src = URL.createObjectURL(blob);
+  const mine = ++picture;
   imageEmbeds = null;
+  withoutPicture = "Reading the picture…";
+  await classify(); // what stands there belongs to the picture before
+  let embeds;
   try {
     const image = fit(await RawImage.fromBlob(blob), processor.image_processor);
     const { image_embeds } = await tower(await processor(image));
-    imageEmbeds = normalise(image_embeds.tolist()[0]);
+    embeds = normalise(image_embeds.tolist()[0]);
   } catch (error) {
-    scores.replaceChildren();
+    if (mine !== picture) return;
+    withoutPicture = "Choose a picture.";
     return say(`This can't be read as a picture: ${error.message}`, true);
   }
-  shown.replaceChildren(picture);
+  if (mine !== picture) return;
+  imageEmbeds = embeds;
+  const element = document.createElement("img");
+  element.alt = "Your picture";
+  element.src = URL.createObjectURL(blob);
+  shown.replaceChildren(element);
   await classify();
 }
 
