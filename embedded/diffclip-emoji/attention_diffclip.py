@@ -13,8 +13,10 @@ from transformers.utils.generic import is_flash_attention_requested
 from .blocked_attention_diffclip import (
     blocked_differential_attention,
     blocked_forward,
+    has_small_maps,
     keeps_maps,
     kept_differential_attention,
+    whole_bias,
 )
 from .precision_diffclip import at_least_float32
 
@@ -242,8 +244,9 @@ def _on_cpu(
 ) -> torch.Tensor:
     """Return differential attention in the fastest of the exact forms, all of which are the formula's steps.
 
-    Without gradients it goes block by block, whose maps stay in the caches. With gradients the maps are kept where
-    they are no larger than what else a transformer's block keeps, and else computed again, block by block.
+    Without gradients it goes block by block, whose maps stay in the caches. With gradients small maps are left to
+    autograd; larger ones are kept, too, where they are no larger than what else a transformer's block keeps, and else
+    computed again, block by block.
     """
     arguments = (query, key, value, attention_mask, lambda_value, scaling, is_causal)
     # While compiling always the operator, since a choice by size would compile anew at the crossover.
@@ -251,6 +254,9 @@ def _on_cpu(
         return blocked_differential_attention(*arguments)
     if not torch.is_grad_enabled():
         return blocked_forward(*arguments)
+    if has_small_maps(query):
+        bias = whole_bias(query, attention_mask, is_causal)
+        return eager_differential_attention_forward(module, query, key, value, bias, lambda_value, scaling)[0]
     form = kept_differential_attention if keeps_maps(query) else blocked_differential_attention
     return form(*arguments)
 

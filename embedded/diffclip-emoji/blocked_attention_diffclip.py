@@ -13,6 +13,9 @@ from .precision_diffclip import at_least_float32
 # Entries of both maps of a block, for each thread: 1 MiB in float32, measured by benchmarks/speed.py. Smaller
 # blocks cost more calls, larger ones leave the caches between the products, which is what makes the formula slow.
 BLOCK_ENTRIES_PER_THREAD = 2**18
+# Entries of all maps up to which autograd has the formula, 12 MiB in float32; measured by benchmarks/speed.py.
+# Our own steps save passes over the maps, but copy queries, keys, values and their gradients.
+SMALL_MAPS_ENTRIES = 3 * 2**20
 # Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
 LEAST_ROWS = 256
 # Keys below which PyTorch's softmax over the last dimension is slow: a vector register holds no more.
@@ -20,6 +23,12 @@ LEAST_KEYS = 16
 
 # Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
 _NAMESPACE = __name__.replace(".", "_").replace("-", "_")
+
+
+def has_small_maps(query: torch.Tensor) -> bool:
+    """Say whether all maps of queries (batch, num_heads, tokens, head_dim) are small."""
+    batch_size, num_heads, length, _ = query.shape
+    return batch_size * num_heads * length**2 <= SMALL_MAPS_ENTRIES
 
 
 def keeps_maps(query: torch.Tensor) -> bool:
@@ -64,7 +73,7 @@ def _blocks(
     batch, pairs, row_count = _block_sizes(query, whole_rows)
     # Where every block has all query rows, what is causal is the same in each.
     is_shared = attention_mask is None and row_count == length
-    shared = _whole_bias(query, None, is_causal) if is_shared else None
+    shared = whole_bias(query, None, is_causal) if is_shared else None
     for batch_start in range(0, batch_size, batch):
         batch_rows = slice(batch_start, min(batch_size, batch_start + batch))
         for pair_start in range(0, num_heads // 2, pairs):
@@ -115,7 +124,7 @@ def score_bias(
     return None
 
 
-def _whole_bias(query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor | None:
+def whole_bias(query: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor | None:
     """Return the `score_bias` of a whole batch."""
     if attention_mask is None:
         return _causal_bias(query.shape[2], query.dtype) if is_causal else None
@@ -208,7 +217,7 @@ def blocked_forward(
     batch_size, num_heads, length, _ = query.shape
     sizes = _block_sizes(query)
     if sizes == (batch_size, num_heads // 2, length):
-        maps = _maps(query, key, _whole_bias(query, attention_mask, is_causal), scaling)
+        maps = _maps(query, key, whole_bias(query, attention_mask, is_causal), scaling)
         return _attend(maps[0::2].sub_(maps[1::2], alpha=weight), value).contiguous()
     room = query.new_empty(sizes[0], 2 * sizes[1], sizes[2], length)
     output = value.new_empty(value.transpose(1, 2).shape)

@@ -82,14 +82,42 @@ def test_few_keys_are_the_formula(form, mask):
     assert_is_the_formula(form, mask, 3, 5, 4)
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "left padding"])
+@pytest.mark.parametrize(
+    ("small", "length", "expected"), [(4 * 4 * 81, 9, "formula"), (4 * 4 * 81 - 1, 9, "kept"), (0, 65, "blocked")]
+)
+def test_the_form_in_training_is_chosen_by_size(small, length, expected, mask, monkeypatch):
+    """Four rows of four heads, four wide, so that maps of more than 64 tokens are never kept."""
+    monkeypatch.setattr(blocked_attention_diffclip, "SMALL_MAPS_ENTRIES", small)
+    forms = {
+        "formula": "eager_differential_attention_forward",
+        "kept": "kept_differential_attention",
+        "blocked": "blocked_differential_attention",
+    }
+    taken = []
+    for name, form in forms.items():
+        its = getattr(attention_diffclip, form)
+        noted = lambda *args, name=name, its=its: taken.append(name) or its(*args)  # noqa: E731
+        monkeypatch.setattr(attention_diffclip, form, noted)
+    module = attention("differential", causal=mask == "causal")
+
+    def forward(query, key, value, attention_mask, lambda_value, scaling, is_causal):
+        return attention_diffclip.differential_attention_forward(
+            module, query, key, value, attention_mask, lambda_value, scaling, attn_implementation="sdpa"
+        )[0]
+
+    assert_is_the_formula(forward, mask, 4, length, 4, width=4)
+    assert taken == [expected]
+
+
 def cut_by(monkeypatch, entries: int) -> None:
     monkeypatch.setattr(blocked_attention_diffclip, "BLOCK_ENTRIES_PER_THREAD", entries)
     monkeypatch.setattr(blocked_attention_diffclip, "LEAST_ROWS", 1)
 
 
-def assert_is_the_formula(attention, mask: str, batch: int, length: int, heads: int) -> None:
+def assert_is_the_formula(attention, mask: str, batch: int, length: int, heads: int, width: int = 8) -> None:
     """With an attention function of the blocked one's signature, the output and the gradients are the formula's."""
-    tensors = draw(batch, length, heads, 8)
+    tensors = draw(batch, length, heads, width)
     attention_mask = bool_mask(mask, batch, length)
     bias = torch.zeros(1, dtype=torch.float64)
     if mask == "causal":
