@@ -168,6 +168,10 @@ def _maps(
     Returns:
         (batch · heads, tokens, tokens), in the room where it can.
     """
+    queries, keys = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    # The factor and the bias within the product: on a CPU each would be a pass over the scores.
+    if room is None and bias is not None and bias.ndim == 2:
+        return _softmax(torch.baddbmm(bias, queries, keys, alpha=scaling))
     shape = (*query.shape[:3], key.shape[2])
     if room is None:
         scores = query.new_empty(shape)
@@ -175,10 +179,7 @@ def _maps(
         scores = room if room.shape == shape else room.flatten()[: math.prod(shape)].view(shape)
     if bias is not None:
         scores.copy_(bias)
-    # The factor and the bias within the product: on a CPU each would be a pass over the scores.
-    scores = scores.flatten(0, 1).baddbmm_(
-        query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=0 if bias is None else 1, alpha=scaling
-    )
+    scores = scores.flatten(0, 1).baddbmm_(queries, keys, beta=0 if bias is None else 1, alpha=scaling)
     return _softmax(scores)
 
 
