@@ -190,7 +190,7 @@ def outcome(runs: list[dict]) -> str:
     embedded = 100 * json.loads((HERE / "report.json").read_text())["figures"][MAIN_FIGURE]["measured"]
     return (
         f"By {MAIN_FIGURE} on the unseen style, from the first to the last: {places}. The embedded model isn't one "
-        f"of them: it was trained longer (see `embedded/README.md`), and has {embedded:.1f} there."
+        f"of them: it was trained longer, on scenes (see `embedded/README.md`), and has {embedded:.1f} there."
     )
 
 

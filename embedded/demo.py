@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     known = PICTURES if args.image is None else {}
     answers = [answer if (answer := known.get(name)) in labels else None for name in names]
     classifier = pipeline("zero-shot-image-classification", model=str(MODEL), device="cpu")
-    results = classifier(pictures, candidate_labels=labels, hypothesis_template="{}")
+    results = classifier(pictures, candidate_labels=labels)
     sys.stdout.write(table(names, answers, results) + "\n")
     found = [
         evidence(classifier, picture, labels, result[0]["label"])

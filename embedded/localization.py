@@ -378,7 +378,7 @@ In percent, with the 95 % interval:
 {table}
 
 “Half against the other” takes half of the other name's map away (`against_others`). In pictures of one drawing the
-other name is of something that isn't there. Here it costs a little, and with two drawings it gains much.
+other name is of something that isn't there.
 {settings}"""
 SETTINGS = """
 ## How the defaults were chosen
