@@ -79,12 +79,11 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of independent values with the normal approximation's interval."""
+    """Return the mean of independent shares with the normal approximation's interval, as far as that is a share."""
     array = np.asarray(values)
     margin = 1.96 * array.std(ddof=1) / math.sqrt(len(array))
-    return Estimate(
-        *(round(float(value), 4) for value in (array.mean(), array.mean() - margin, array.mean() + margin))
-    )
+    mean = float(array.mean())
+    return Estimate(*(round(float(value), 4) for value in (mean, max(0, mean - margin), min(1, mean + margin))))
 
 
 def choose_pairs(

@@ -564,10 +564,11 @@ def test_pictures_pair_each_emoji_once_with_another_name(localization):
     assert localization.choose_pairs(items, [2, 3], 0, 0) == []
 
 
-def test_interval_is_the_normal_one(localization):
-    found = localization.estimate([0.0, 1.0, 1.0, 0.0])
-    margin = 1.96 * math.sqrt((4 * 0.25) / 3) / 2
+def test_interval_is_the_normal_one_within_what_a_share_can_be(localization):
+    found = localization.estimate([0.0, 1.0] * 6)
+    margin = 1.96 * math.sqrt((12 * 0.25) / 11) / math.sqrt(12)
     assert (found.mean, found.low, found.high) == (0.5, round(0.5 - margin, 4), round(0.5 + margin, 4))
+    assert localization.estimate([0.0, 1.0]) == localization.Estimate(0.5, 0, 1)
 
 
 def test_objects_are_composed_side_by_side(localization):
