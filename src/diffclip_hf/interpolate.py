@@ -182,26 +182,27 @@ def draw_curve(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequenc
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    over_alpha, over_each_other = figure.subplots(1, 2)
+    # One above the other, so that a telephone shows them in a size that can be read.
+    figure = Figure(figsize=(5.4, 8), layout="constrained")
+    over_alpha, over_each_other = figure.subplots(2, 1)
+    for line, name in zip("-:", names, strict=True):
+        over_alpha.plot([], [], f"o{line}", ms=4, color="0.3", label=name)
     for number, (label, points) in enumerate(curves.items()):
         alphas = [point["alpha"] for point in points]
         values = [[100 * point[name] for point in points] for name in names]
-        for line, name, shares in zip("-:", names, values, strict=True):
-            over_alpha.plot(
-                alphas, shares, f"o{line}", ms=3, color=f"C{number}", label=f"{label}: {name}".lstrip(": ")
-            )
-        over_each_other.plot(values[1], values[0], "o-", ms=4, color=f"C{number}", label=label)
+        for line, shares in zip("-:", values, strict=True):
+            over_alpha.plot(alphas, shares, f"o{line}", ms=4, color=f"C{number}")
+        over_each_other.plot(values[1], values[0], "o-", ms=5, color=f"C{number}", label=label)
         for alpha, across, up in zip(alphas, *values[::-1], strict=True):
             if alpha in (0, 0.5, 1):
-                over_each_other.annotate(f"{alpha:g}", (across, up), (4, 4), textcoords="offset points", fontsize=8)
+                over_each_other.annotate(f"{alpha:g}", (across, up), (4, 4), textcoords="offset points", fontsize=9)
     over_alpha.set(xlabel="alpha", ylabel="%")
     over_each_other.set(xlabel=f"{names[1]}, %", ylabel=f"{names[0]}, %")
     for axis in (over_alpha, over_each_other):
         axis.grid(alpha=0.3)
         if any(axis.get_legend_handles_labels()[1]):
-            axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def write_sweep(args: argparse.Namespace) -> None:
