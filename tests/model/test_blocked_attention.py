@@ -78,8 +78,10 @@ def test_kept_maps_are_the_formula(entries, mask, monkeypatch):
 
 @pytest.mark.parametrize("form", [blocked_differential_attention, kept_differential_attention])
 @pytest.mark.parametrize("mask", ["none", "causal", "left padding"])
-def test_few_keys_are_the_formula(form, mask):
-    assert_is_the_formula(form, mask, 3, 5, 4)
+@pytest.mark.parametrize("batch", [3, 30])
+def test_few_keys_are_the_formula(form, mask, batch):
+    """In few rows and in many, of which the latter are padded."""
+    assert_is_the_formula(form, mask, batch, 5, 4)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "left padding"])

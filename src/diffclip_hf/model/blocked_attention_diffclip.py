@@ -18,8 +18,10 @@ BLOCK_ENTRIES_PER_THREAD = 2**18
 SMALL_MAPS_ENTRIES = 3 * 2**20
 # Query rows of a block where tokens are many: the products with fewer are slow, and each adds to every key's gradient.
 LEAST_ROWS = 256
-# Keys below which PyTorch's softmax over the last dimension is slow: a vector register holds no more.
+# Keys below which PyTorch's softmax over the last dimension is slow, since a vector register holds no more, and rows
+# from which it pays to pad them.
 LEAST_KEYS = 16
+PADDED_ROWS = 256
 
 # Operators are global, and this file may be loaded twice: from the package and as a copy beside a checkpoint.
 _NAMESPACE = __name__.replace(".", "_").replace("-", "_")
@@ -143,7 +145,7 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
     if scores.dtype != at_least_float32(scores.dtype):
         return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
     keys = scores.shape[-1]
-    if keys >= LEAST_KEYS:
+    if keys >= LEAST_KEYS or scores.numel() < PADDED_ROWS * keys:
         return torch.softmax(scores, dim=-1, out=scores)
     padded = nn.functional.pad(scores, (0, LEAST_KEYS - keys), value=-torch.inf)
     return torch.softmax(padded, dim=-1, out=padded)[..., :keys]
