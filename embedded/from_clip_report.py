@@ -54,6 +54,8 @@ def shown(values: list[float], form: str = ".1f") -> str:
     """Return a mean with its deviation, where there are several values."""
     average, deviation = mean_and_deviation(values)
     number = format(average, form).replace("-", "−")
+    if float(format(average, form)) == 0:
+        number = number.lstrip("+−")
     return f"{number} ± {format(deviation, form.lstrip('+'))}" if len(values) > 1 else number
 
 
@@ -297,7 +299,7 @@ deviation says nothing.
 
 It can't show what happens at the size that matters: less than a million parameters against 150 million,
 drawings in 6 × 6 patches on which an attention map has little noise to remove, and CLIPs that haven't stopped
-improving when the arms begin, so that plain training on gains much by itself. The arms' steps are few, and learning
+improving when the arms begin, so that plain training gains by itself. The arms' steps are few, and learning
 rates weren't tuned: another rate for the second queries, a longer run, or a λ for each token may do what this didn't.
 The CLIP's learning rate falls to 0 and then rises again, and d's falls once, so d against a compares more than forms.
 

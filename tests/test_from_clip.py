@@ -151,7 +151,6 @@ def test_the_page_says_what_the_figures_are():
         page({**one_seed, "runs": {name: run for name, run in one_seed["runs"].items() if run["arm"] != "lora"}})
 
 
-@pytest.mark.skipif(not PAGE.is_dir(), reason="the runs aren't finished yet")
 def test_the_page_in_the_repository_is_of_its_runs():
     """The page as a whole, means and deviations computed anew; and the form began where the CLIP was."""
     from from_clip_report import page
