@@ -230,6 +230,7 @@ def test_the_page_classifies_in_the_browser_alone(request, tmp_path):
             assert driver.execute_script(f"{choose}; return document.querySelectorAll('#scores li').length") == 0
         page.find("#file")[0].send_keys(str(tmp_path / "words.txt"))
         says("can't be read as a picture")
+        assert page.find("#shown")[0].text == "Choose a picture, drop one here, or paste one."
         write("labels", " ,")
         page.find("#file")[0].send_keys(str(PICTURES[0]))
         says("Write at least one label.")

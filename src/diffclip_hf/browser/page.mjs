@@ -5,10 +5,13 @@ const { library, runtime, dtype, scale } = document.body.dataset;
 const [file, drop, shown, labels, template, status, scores] = [
   "file", "drop", "shown", "labels", "template", "status", "scores",
 ].map((id) => document.getElementById(id));
+const hint = shown.textContent;
 const textEmbeds = new Map();
+const MOST_TEXTS = 1000;
 let tower, tokenizer, processor, RawImage, textTower;
 let imageEmbeds = null;
-let withoutPicture = "Choose a picture.";
+let withoutPicture = status.textContent;
+let timer;
 // Only the last picture and the last request are shown.
 let picture = 0;
 let request = 0;
@@ -40,6 +43,7 @@ async function load() {
 
 // Returns the embeddings of sentences, each computed once.
 async function embed(sentences) {
+  if (textEmbeds.size > MOST_TEXTS) textEmbeds.clear();
   const fresh = sentences.filter((sentence) => !textEmbeds.has(sentence));
   if (fresh.length) {
     const { text_embeds } = await textTower(tokenizer(fresh, { padding: true, truncation: true }));
@@ -72,7 +76,7 @@ async function classify() {
   if (!imageEmbeds) return say(withoutPicture);
   if (!names.length) return say("Write at least one label.", true);
   if (!template.value.includes("{}")) return say("The sentence needs {}, for the label.", true);
-  const texts = await embed(names.map((name) => template.value.replaceAll("{}", name)));
+  const texts = await embed(names.map((name) => template.value.replaceAll("{}", () => name)));
   if (mine !== request) return;
   say("");
   show(names, texts.map((text) => scale * text.reduce((sum, value, i) => sum + value * imageEmbeds[i], 0)));
@@ -83,6 +87,7 @@ async function take(blob) {
   imageEmbeds = null;
   withoutPicture = "Reading the picture…";
   await classify(); // what stands there belongs to the picture before
+  await loaded;
   let embeds;
   try {
     const image = fit(await RawImage.fromBlob(blob), processor.image_processor);
@@ -91,6 +96,7 @@ async function take(blob) {
   } catch (error) {
     if (mine !== picture) return;
     withoutPicture = "Choose a picture.";
+    shown.textContent = hint;
     return say(`This can't be read as a picture: ${error.message}`, true);
   }
   if (mine !== picture) return;
@@ -98,30 +104,44 @@ async function take(blob) {
   const element = document.createElement("img");
   element.alt = "Your picture";
   element.src = URL.createObjectURL(blob);
+  element.onload = () => URL.revokeObjectURL(element.src);
   shown.replaceChildren(element);
   await classify();
 }
 
 const guarded = (action) => (...values) => action(...values).catch((error) => say(error.message, true));
 const takeFirst = guarded(async (files) => files.length && take(files[0]));
+const classifyAgain = guarded(classify);
+
+// Every label that is typed passes through many that aren't meant.
+function typed() {
+  request++;
+  scores.replaceChildren();
+  clearTimeout(timer);
+  timer = setTimeout(classifyAgain, 200);
+}
+
+const loaded = load();
+file.addEventListener("change", () => takeFirst(file.files));
+drop.addEventListener("dragleave", () => drop.classList.remove("over"));
+// On the whole page, since a browser would open a picture that is dropped beside.
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  drop.classList.add("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  drop.classList.remove("over");
+  takeFirst(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => takeFirst(event.clipboardData.files));
+for (const field of [labels, template]) field.addEventListener("input", typed);
 
 try {
-  await load();
-  say("Choose a picture.");
-  file.addEventListener("change", () => takeFirst(file.files));
-  drop.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    drop.classList.add("over");
-  });
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
-    event.preventDefault();
-    drop.classList.remove("over");
-    takeFirst(event.dataTransfer.files);
-  });
-  document.addEventListener("paste", (event) => takeFirst(event.clipboardData.files));
-  for (const field of [labels, template]) field.addEventListener("input", guarded(classify));
-  if (file.files.length) takeFirst(file.files);
+  await loaded;
+  if (!picture) say((withoutPicture = "Choose a picture."));
+  // A browser may keep what was chosen when the page is loaded again.
+  if (!picture && file.files.length) takeFirst(file.files);
 } catch (error) {
   say(`The model can't be loaded: ${error.message}`, true);
 }
