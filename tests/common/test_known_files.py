@@ -81,6 +81,35 @@ def test_file_systems_by_hand():
     assert not tells_changes("/x", {})
 
 
+def test_names_of_mounts_are_read_as_the_kernel_writes_them(tmp_path, monkeypatch):
+    """It escapes a space, tab, line break, backslash and #, and nothing else, whatever the encoding."""
+    lines = [
+        b"/dev/a / ext4 rw,relatime 0 0",
+        "/dev/b /media/Fotos\\040\u00e4 vfat rw 0 0".encode(),
+        b"/dev/c /media/b\xff vfat rw 0 0",
+        rb"/dev/\043d /a\011b\012c\134d\043e vfat rw 0 0",
+        # A backslash before what looks like an escape, and a character at which str.splitlines divides.
+        rb"/dev/e /f\134040 vfat rw 0 0",
+        "/dev/f /g\u0085h xfs rw 0 0".encode(),
+    ]
+    (tmp_path / "mounts").write_bytes(b"\n".join(lines) + b"\n")
+    monkeypatch.setattr(known_files, "MOUNTS", tmp_path / "mounts")
+    mounts = known_files._mounts()
+    assert mounts == {
+        "/": "ext4",
+        "/media/Fotos \u00e4": "vfat",
+        "/media/b\udcff": "vfat",
+        "/a\tb\nc\\d#e": "vfat",
+        "/f\\040": "vfat",
+        "/g\u0085h": "xfs",
+    }
+    places = ("/media/Fotos \u00e4/x", "/media/b\udcff/x", "/media/x", "/g\u0085h/x")
+    assert [tells_changes(place, mounts) for place in places] == [False, False, True, True]
+    assert known_files.all_tell_changes({"/media/x"})
+    monkeypatch.setattr(known_files, "MOUNTS", tmp_path / "none")
+    assert not known_files.all_tell_changes({"/media/x"})
+
+
 def test_one_that_asks_at_the_same_time_waits_for_the_other(tmp_path, read):
     paths = [tmp_path / "a", tmp_path / "b"]
     for path in paths:

@@ -8,6 +8,7 @@ of the mtime. So what is kept may be trusted where the file system does so; else
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,10 @@ from .whole_files import write_text_whole
 
 logger = logging.get_logger(__name__)
 FOLDER = Path(constants.HF_HOME) / "diffclip_hf" / "files"
+MOUNTS = Path("/proc/self/mounts")
+# What the kernel writes there in octal: a space, tab, line break, backslash and #. Other bytes of a name stay as they
+# are, of whatever encoding.
+ESCAPED = re.compile(rb"\\(040|011|012|134|043)")
 # Two changes may have one time where a file system's clock ticks slowly, or a server's isn't this machine's. So
 # nothing is kept of files that changed less than so many nanoseconds ago.
 SETTLED = 2 * 10**9
@@ -37,11 +42,16 @@ THREADS = 16
 def _mounts() -> dict[str, str]:
     """Return the file system of each place where one is mounted, nothing where that isn't known."""
     try:
-        lines = Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines()
+        lines = MOUNTS.read_bytes().split(b"\n")
     except OSError:
         return {}
-    fields = (line.split(" ") for line in lines)
-    return {place.encode().decode("unicode_escape"): kind for _, place, kind, *_ in fields}
+    mounts = {}
+    for line in filter(None, lines):
+        _, place, kind, *_ = line.split(b" ")
+        plain = ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 8)]), place)
+        # As Python gives paths: a name needn't be UTF-8.
+        mounts[os.fsdecode(plain)] = os.fsdecode(kind)
+    return mounts
 
 
 def tells_changes(folder: str, mounts: dict[str, str]) -> bool:
