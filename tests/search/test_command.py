@@ -12,7 +12,9 @@ from training_samples import picture
 from transformers import AutoModel, AutoProcessor
 
 from diffclip_hf import ImageIndex
+from diffclip_hf.search import Match, command
 from diffclip_hf.search.command import main
+from diffclip_hf.search.sheets import draw_sheet
 
 
 @pytest.fixture
@@ -68,7 +70,12 @@ def test_paths_for_xargs(search, folder):
     assert sorted(found.stdout.split(b"\0")[:-1]) == sorted(printed.split(b"\0")[:-1])
     assert {os.path.join(os.fsencode(folder), name) for name in names} <= set(printed.split(b"\0"))
     assert len(printed.split(b"\0")) == 9
-    assert b"not utf-8 \xff.png" in search(folder, "dog")[1]
+    # Without --print0 each is one line of three columns all the same.
+    lines = search(folder, "dog", "a\ncat")[1].split(b"\n")
+    assert [line.count(b"\t") for line in lines] == [2] * 16 + [0]
+    printed = {os.path.basename(line.split(b"\t")[1]) for line in lines[:-1]}
+    assert {rb"new\nline.png", rb"tab\t and space.png", b"not utf-8 \xff.png"} <= printed
+    assert {line.split(b"\t")[2] for line in lines[:-1]} == {b"dog", rb"a\ncat"}
 
 
 def test_the_contact_sheet(search, folder, tmp_path):
@@ -98,6 +105,28 @@ def test_the_contact_sheet(search, folder, tmp_path):
     assert [f"{places[top, left]}.png" in path for (top, left), path in zip(sorted(places), paths, strict=True)] == [
         True
     ] * 4
+
+
+def test_a_contact_sheet_is_bounded(search, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "MOST_DRAWN", 5)
+    sheet = tmp_path / "sheet.png"
+    status, printed, messages = search(folder, "dog", "cat", "--sheet", sheet, "--top", 4)
+    assert (status, len(printed.splitlines())) == (0, 8)
+    assert "--sheet draws the best 2 of the 4 pictures found for each query." in messages
+    with Image.open(sheet) as drawn:
+        assert drawn.width < 3 * 200
+    status, printed, messages = search(folder, *"abcdef", "--sheet", sheet)
+    assert (status, printed) == (1, b"")
+    assert messages[-1] == "--sheet draws at most 5 queries, and there are 6; leave it out."
+
+
+def test_a_line_break_in_a_name_is_drawn_on_its_line(tmp_path):
+    """The name is the same picture as one in which the two characters are written."""
+    pixels = []
+    for name in ("a\nb.png", r"a\nb.png"):
+        picture(0).save(tmp_path / name)
+        pixels.append(np.array(draw_sheet(["dog"], [[Match(0.5, str(tmp_path / name))]])))
+    assert np.array_equal(*pixels)
 
 
 @pytest.mark.parametrize(

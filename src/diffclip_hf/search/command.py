@@ -26,7 +26,7 @@ from ..evaluation.specs import TEMPLATE_SETS, template_texts
 from ..model.image_reading_diffclip import read_image
 from ..zero_shot import label_texts
 from .index import TEMPLATE, ImageIndex, Match
-from .sheets import draw_sheet
+from .sheets import MOST_DRAWN, draw_sheet, in_one_line
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"A sentence with {{}} for the text, or one of the sets {' and '.join(TEMPLATE_SETS)}. Can be given "
         "several times, to average. (default: the text as it is)",
     )
-    parser.add_argument("--sheet", metavar="OUT.png", type=Path, help="Draw the pictures on a contact sheet too.")
+    parser.add_argument(
+        "--sheet",
+        metavar="OUT.png",
+        type=Path,
+        help=f"Draw the pictures on a contact sheet too, at most {MOST_DRAWN}: the best of each query.",
+    )
     parser.add_argument(
         "--print0", action="store_true", help="Print the paths alone, each with a NUL at its end, for xargs -0."
     )
@@ -90,6 +95,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.sheet is not None:
         if args.sheet.suffix.lower() != ".png":
             raise ValueError(f"--sheet is {str(args.sheet)!r}; its name must end in .png.")
+        if (count := len(args.queries) + len(args.image)) > MOST_DRAWN:
+            raise ValueError(f"--sheet draws at most {MOST_DRAWN} queries, and there are {count}; leave it out.")
         check_output_file(args.sheet)
     folder = check_path(args.folder, "FOLDER")
     if not folder.is_dir():
@@ -110,13 +117,13 @@ def write_results(queries: Sequence[str], results: Sequence[Sequence[Match]], al
     Args:
         queries: What was searched.
         results: What was found for each.
-        alone: Whether to write the paths alone.
+        alone: Whether to write the paths alone, exactly. Otherwise what breaks a line or a column is written visibly.
     """
     lines = []
     for query, found in zip(queries, results, strict=True):
         for score, path in found:
-            shown = f"\t{query}" if len(queries) > 1 else ""
-            lines.append(f"{path}\0" if alone else f"{score:.4f}\t{path}{shown}\n")
+            shown = f"\t{in_one_line(query)}" if len(queries) > 1 else ""
+            lines.append(f"{path}\0" if alone else f"{score:.4f}\t{in_one_line(path)}{shown}\n")
     sys.stdout.flush()
     sys.stdout.buffer.write("".join(lines).encode("utf-8", "surrogateescape"))
     sys.stdout.flush()
@@ -147,7 +154,10 @@ def run(args: argparse.Namespace) -> None:
     queries = [*args.queries, *args.image]
     write_results(queries, results, args.print0)
     if args.sheet is not None:
-        sheet = draw_sheet(queries, results)
+        drawn, longest = MOST_DRAWN // len(queries), max(map(len, results))
+        if longest > drawn:
+            logger.warning("--sheet draws the best %d of the %d pictures found for each query.", drawn, longest)
+        sheet = draw_sheet(queries, [found[:drawn] for found in results])
         write_whole(args.sheet, lambda beside: sheet.save(beside, "PNG"))
 
 

@@ -1,6 +1,7 @@
 """Contact sheets: the pictures that were found, small, with their scores."""
 
 import os
+import re
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -13,12 +14,21 @@ from .index import Match
 CELL, GAP, LINE, FONT_SIZE = 176, 12, 20, 14
 MOST_COLUMNS = 5
 INK, QUIET = "#202124", "#5f6368"
+# Pictures on a sheet, whose pixels then take at most 150 MB.
+MOST_DRAWN = 500
+# What starts a line or a column, or steers a terminal.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def in_one_line(text: str) -> str:
+    """Return a text on one line, with its line breaks, tabs and other control characters as Python writes them."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """Return a text, or its beginning and its end, so that it's no wider than so many pixels."""
     # What isn't UTF-8 in a file's name.
-    text = text.encode("utf-8", "replace").decode()
+    text = in_one_line(text).encode("utf-8", "replace").decode()
     shown, kept = text, len(text)
     while kept > 1 and font.getlength(shown) > width:
         kept -= 1
@@ -58,4 +68,4 @@ def draw_sheet(queries: Sequence[str], results: Sequence[Sequence[Match]]) -> Im
     return sheet
 
 
-__all__ = ["draw_sheet"]
+__all__ = ["MOST_DRAWN", "draw_sheet", "in_one_line"]
