@@ -1,5 +1,6 @@
 """`python -m diffclip_hf.embed`: right values in clip-retrieval's layout, each row once, whatever stops it."""
 
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers import logging as transformers_logging
 
 from diffclip_hf import DiffCLIPModel
+from diffclip_hf.common import known_files
 from diffclip_hf.common.embedding_parts import REPORT, SETTINGS
 from diffclip_hf.data.parts import ShardParts
 from diffclip_hf.embed import build_parser, main, run
@@ -314,6 +316,91 @@ def test_what_is_whole_stays_and_what_isnt_is_done_again(data, tmp_path):
     captions = [f"picture {number}" for number in (*range(5), 100, 101, *range(8, 18))]
     assert metadata(tmp_path / "out")["caption"] == captions
     assert report(tmp_path / "out")["rows"] == 17
+
+
+@pytest.fixture
+def new_files_known(tmp_path, monkeypatch):
+    """What is found out about files is kept in a folder of the test's, of files however new."""
+    monkeypatch.setattr(known_files, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(known_files, "SETTLED", -(10**18))
+    return tmp_path / "kept"
+
+
+@pytest.mark.usefixtures("new_files_known")
+@pytest.mark.parametrize("kind", ["ext4", "fuse.sshfs"])
+def test_a_shard_is_known_by_what_it_holds(kind, data, tmp_path, monkeypatch):
+    """Not by its size and mtime, which `cp -p` keeps, nor by its inode, which is another on each machine."""
+    monkeypatch.setattr(known_files, "_mounts", lambda: {"/": kind})
+    shards = tmp_path / "shards"
+    shutil.copytree(data / "shards", shards)
+    words = line(shards, tmp_path / "out", data)
+    assert main(words) == 0
+    before = content(tmp_path / "out")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    # The same content in another file, with another time.
+    shutil.copyfile(shards / "00002.tar", tmp_path / "copy")
+    (tmp_path / "copy").rename(shards / "00002.tar")
+    # Other content of the same size and time, as `rsync -t` leaves it.
+    old = (shards / "00001.tar").stat()
+    write_tar(tmp_path / "new.tar", [sample(number) for number in (15, 16, 17)], first=5)
+    os.utime(tmp_path / "new.tar", ns=(old.st_atime_ns, old.st_mtime_ns))
+    (tmp_path / "new.tar").rename(shards / "00001.tar")
+    new = (shards / "00001.tar").stat()
+    assert (new.st_size, new.st_mtime_ns) == (old.st_size, old.st_mtime_ns)
+    assert main(words) == 0
+    captions = [f"picture {number}" for number in (*range(5), 15, 16, 17, *range(8, 18))]
+    assert metadata(tmp_path / "out")["caption"] == captions
+    images, _ = expected(data, (15, 16, 17))
+    assert np.abs(np.load(tmp_path / "out" / "img_emb" / "img_emb_1.npy") - images).max() < 1e-5
+    changed = {path.name for path, time_ns in written.items() if path.stat().st_mtime_ns != time_ns}
+    assert changed == {"img_emb_1.npy", "text_emb_1.npy"}
+    digest = hashlib.sha256((shards / "00002.tar").read_bytes()).hexdigest()
+    note = pq.read_metadata(tmp_path / "out" / "metadata" / "metadata_2.parquet").metadata[b"diffclip_hf"]
+    assert json.loads(note)["stamp"] == [str(shards / "00002.tar"), digest]
+    assert content(tmp_path / "out")["metadata/metadata_2.parquet"] == before["metadata/metadata_2.parquet"]
+
+
+@pytest.mark.usefixtures("new_files_known")
+def test_a_table_is_known_by_what_it_holds(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(known_files, "_mounts", lambda: {"/": "ext4"})
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        (tmp_path / "pictures" / f"{number}.jpg").write_bytes(sample(number)["jpg"])
+    words = line(tmp_path / "pictures", tmp_path / "out", data)
+    assert main(words) == 0
+    first = tmp_path / "pictures" / "0.jpg"
+    os.utime(first, ns=(0, 0))
+    assert main(words) == 0
+    content_before = first.read_bytes()
+    first.write_bytes(content_before[:-3] + b"x" + content_before[-2:])
+    os.utime(first, ns=(0, 0))
+    assert main(words) == 1
+    assert "begun with other source_files" in caplog.messages[-1]
+
+
+@pytest.mark.usefixtures("new_files_known")
+@pytest.mark.parametrize("kind", ["ext4", "fuse.sshfs"])
+def test_a_shard_that_changes_while_it_is_read_is_refused(kind, data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(known_files, "_mounts", lambda: {"/": kind})
+    shard = write_tar(tmp_path / "0.tar", [sample(0), sample(1)])
+    usual = ShardParts.rows
+
+    def rows(self, number):
+        yield from usual(self, number)
+        old = shard.stat()
+        write_tar(shard, [sample(2), sample(3)])
+        os.utime(shard, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+    monkeypatch.setattr(ShardParts, "rows", rows)
+    assert main(line(shard, tmp_path / "out", data)) == 1
+    assert caplog.messages[-1] == f"{shard} changed while it was read; give the same command again."
+    assert not list((tmp_path / "out").rglob("*.npy"))
+
+
+def test_of_a_url_nothing_is_known_but_the_url(monkeypatch):
+    url = "https://example.org/0.tar"
+    monkeypatch.setattr(ShardParts, "__init__", lambda self: setattr(self, "shards", [url]))
+    assert ShardParts().stamp(0) == [url]
 
 
 @pytest.mark.parametrize(

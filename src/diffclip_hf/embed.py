@@ -15,6 +15,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from .common.commands import EXPECTED, CommandParser, require_extra, run_command, warn_of_one_process
 from .common.embedding_parts import IMAGES, REPORT, TEXTS, EmbeddingParts, PartWriter, begin, check_place
 from .common.keys import describe, fingerprint
+from .common.known_files import THREADS
 from .common.loading import check_device
 from .common.reading_ahead import check_num_workers
 from .common.reading_batches import read_batches
@@ -276,9 +278,18 @@ def _unfinished(parts: Parts, output: EmbeddingParts) -> list[int]:
 
     def is_done(number: int) -> bool:
         note = output.note(number)
-        return note is not None and note["stamp"] == parts.stamp(number) and not note["broken"]
+        return note is not None and not note["broken"] and note["stamp"] == parts.stamp(number)
 
-    return [number for number in range(len(parts)) if not is_done(number)]
+    # A shard is read anew where it isn't known that it's the same.
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        transformers_logging.tqdm(total=len(parts), desc="Parts", unit="part", disable=len(parts) < 2) as bar,
+    ):
+        unfinished = []
+        for number, done in enumerate(pool.map(is_done, range(len(parts)))):
+            unfinished += [] if done else [number]
+            bar.update()
+    return unfinished
 
 
 def _report(args: argparse.Namespace, parts: Parts, encoder: Encoder, output: EmbeddingParts) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.keys import fingerprint
+from ..common.known_files import known_value, known_values
+from ..model.hub_cache_diffclip import sha256_of
 from .counts import SkipCounts
 from .shard_files import find_shards, is_url
 from .shard_rows import ShardRows
@@ -18,11 +20,18 @@ if TYPE_CHECKING:
 
 
 def _stamp(path: str) -> list[Any]:
-    """Return what tells a file from what it was before, as JSON: of a URL nothing but that."""
+    """Return what tells a shard from what it was before, as JSON: of a URL nothing but that, else its SHA-256.
+
+    Its size and times wouldn't do, for `rsync -t`, `cp -p` and archives set them. Nor may inodes or ctimes stand in
+    what is written: one process writes a part and another judges it, perhaps on another machine with a copy of its
+    own, and what they write is to be the same, byte for byte. What a file holds is the same everywhere. It's read
+    for that where `signature_of` says that it may have changed since it was last, and each time where the file
+    system doesn't tell. Every shard has an entry of its own, so that no process waits for another's.
+    """
     if is_url(path):
         return [path]
-    found = os.stat(path)
-    return [path, found.st_size, found.st_mtime_ns]
+    absolute = os.path.abspath(path)
+    return [path, known_value("shard", absolute, [absolute], lambda: sha256_of(Path(absolute)))]
 
 
 class _Parts:
@@ -181,9 +190,11 @@ class TableParts(_Parts):
 
         kept = Path(datasets.config.HF_DATASETS_CACHE)
         # A name there holds the commit of what came from the Hub; when it was fetched says nothing.
-        stamps = [
-            [str(path.relative_to(kept))] if path.is_relative_to(kept) else _stamp(str(path)) for path in self.files
-        ]
+        names = [str(path.relative_to(kept)) for path in self.files if path.is_relative_to(kept)]
+        # Others are known by what they hold, for the reasons that `_stamp` gives.
+        others = [os.path.abspath(path) for path in self.files if not path.is_relative_to(kept)]
+        held = known_values("sha256", others, lambda path: sha256_of(Path(path)), "Reading")
+        stamps = [names, list(zip(others, held, strict=True))]
         return {"rows": len(self.dataset), "part_rows": self.size, "source_files": fingerprint(stamps)}
 
     def _range(self, number: int) -> range:
