@@ -3,6 +3,9 @@
 import io
 import json
 import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from training_samples import encoded, picture, tiny_processor
 
 from diffclip_hf import DiffCLIPImageProcessorPil, DiffCLIPTokenizer, ImageIndex
 from diffclip_hf.search import Match
-from diffclip_hf.search.nearest import ranked
+from diffclip_hf.search.nearest import make_nearest, ranked
 
 
 WIDTH = 24
@@ -115,6 +118,58 @@ def test_nothing_is_found_in_nothing(index, random_rows):
     assert index.search(["dog", "cat"]) == [[], []]
     assert index.search([]) == []
     assert len(index) == 0
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "others"])
+def test_a_search_sees_one_state(change, index, random_rows, monkeypatch):
+    """Another thread changes the index and searches it, once the first of three queries has been ranked."""
+    names = [f"{number:03}" for number in range(500)]
+    index.add(random_rows[:300], names[:300])
+
+    def other_thread():
+        if change == "more":
+            index.add(random_rows[300:], names[300:])
+        else:
+            index.remove(names[:299])
+        if change == "others":
+            index.add(random_rows[300:], names[300:])
+        index.search(random_rows[0])
+
+    def ranked_and_changed(*args):
+        found = ranked(*args)
+        if not others:
+            others.append(threading.Thread(target=other_thread))
+            others[0].start()
+            others[0].join()
+        return found
+
+    others = []
+    monkeypatch.setattr("diffclip_hf.search.nearest.MOST_SCORES", 1)
+    monkeypatch.setattr("diffclip_hf.search.index.ranked", ranked_and_changed)
+    queries = random_rows[[0, 400, 299]]
+    for query, found in zip(queries, index.search(queries, 10), strict=True):
+        assert_found(found, brute_force(random_rows[:300], names[:300], query, 10))
+    assert len(index) == len(index.names) == len(index.embeds) == {"more": 500, "fewer": 1, "others": 201}[change]
+
+
+def test_threads_add_and_remove(index, random_rows):
+    """What one adds isn't lost while another removes, in a hundred rounds with as many switches as there can be."""
+    index.add(random_rows, [f"{number:03}" for number in range(500)])
+
+    def add_and_remove(own):
+        for number in range(100):
+            index.add(random_rows[:2], [f"{own} {number}", f"{own} goes"])
+            index.remove(f"{own} goes")
+            assert f"{own} {number}" in [name for _, name in index.search(random_rows[0], 1000)]
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(add_and_remove, "abcd"))
+    finally:
+        sys.setswitchinterval(switch)
+    assert len(set(index.names)) == len(index.embeds) == 500 + 4 * 100
 
 
 # What is added and removed ------------------------------------------------------------------------------------------
@@ -280,6 +335,19 @@ def test_other_backends(backend, model, processor, random_rows, tmp_path):
     assert len(index.search(queries[0], 1000)) == (450 if "IVF" not in backend else len(index.search(queries[0], 450)))
     exact = ImageIndex.load(path, model, processor, backend="exact")
     assert_found(exact.search(queries[0]), brute_force(random_rows[50:], names[50:], queries[0], 10))
+
+
+@pytest.mark.filterwarnings("ignore:builtin type :DeprecationWarning")
+@pytest.mark.parametrize("backend", ["faiss:Flat", "hnswlib"])
+def test_a_search_that_began_before_more_were_added(backend, random_rows):
+    """It finds as many as it asks for of the rows that it knows, though the library's index has nearer ones."""
+    pytest.importorskip(backend.split(":")[0], reason="a package that users install if they want it")
+    nearest, rows = make_nearest(backend), torch.nn.functional.normalize(torch.from_numpy(random_rows))
+    list(nearest.candidates(rows, rows[:1], 1))
+    (found,) = nearest.candidates(rows[:100], rows[400:401], 5)
+    wanted = brute_force(random_rows[:100], list(range(100)), random_rows[400], 5)
+    assert {row for _, row in wanted} <= set(found.tolist()) <= set(range(100))
+    assert nearest.to_bytes(rows[:100]) is None
 
 
 def test_a_backend_that_there_isnt(model, processor, random_rows, monkeypatch):

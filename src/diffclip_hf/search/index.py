@@ -48,6 +48,20 @@ class Match(NamedTuple):
     name: str
 
 
+class Snapshot(NamedTuple):
+    """What an index holds at one moment, which stays as it is.
+
+    Args:
+        names: The pictures'.
+        embeds: float32, (pictures, width).
+        nearest: Finds rows of them.
+    """
+
+    names: tuple[str, ...]
+    embeds: torch.Tensor
+    nearest: Nearest
+
+
 def _as_embeds(value: Any) -> torch.Tensor | None:
     """Return embeddings, float32, (rows, width), on the CPU, of length 1; None where the value is something else.
 
@@ -78,7 +92,9 @@ def _check_names(names: Iterable[Any] | None, count: int) -> list[str] | None:
 
 
 class ImageIndex:
-    """Pictures' embeddings with their names, to be searched.
+    """Pictures' embeddings with their names, to be searched, by several threads at once if need be.
+
+    A search sees the index as it was at one moment, whatever other threads add and remove.
 
     A score is the cosine similarity of a query's embedding and a picture's, -1..1. The best come first, and equal
     scores by name.
@@ -114,12 +130,12 @@ class ImageIndex:
         self.encoder = Encoder(model, processor, batch_size=batch_size, num_workers=num_workers)
         self.backend = backend
         self.left_out: dict[str, str] = {}
-        # Name → embedding, in the order of adding.
-        self._rows: dict[str, torch.Tensor] = {}
-        self._made: tuple[tuple[str, ...], torch.Tensor] | None = None
-        self._nearest: Nearest | None = None
         self._lock = Lock()
-        make_nearest(backend)
+        # What the lock guards: name → embedding, in the order of adding; what finds them, of which another takes the
+        # place where rows change their places; and both as they are, once something asks for it.
+        self._rows: dict[str, torch.Tensor] = {}
+        self._nearest = make_nearest(backend)
+        self._snapshot: Snapshot | None = None
 
     @classmethod
     def from_folder(
@@ -161,12 +177,13 @@ class ImageIndex:
     @property
     def names(self) -> tuple[str, ...]:
         """The pictures' names, in the order of adding."""
-        return tuple(self._rows)
+        with self._lock:
+            return tuple(self._rows)
 
     @property
     def embeds(self) -> torch.Tensor:
         """Their embeddings, L2-normalised, float32, (pictures, width), on the CPU."""
-        return self._table()[1]
+        return self._as_it_is().embeds
 
     def add(self, images: Any, names: Iterable[str] | None = None, *, skip_unreadable: bool = False) -> None:
         """Add pictures; one whose name is there already takes its place.
@@ -194,12 +211,7 @@ class ImageIndex:
             rows = self._embed(sources, found, skip_unreadable)
         if len(set(found)) < len(found):
             raise ValueError(f"The name {Counter(found).most_common(1)[0][0]!r} is given twice.")
-        width = self._width()
-        if rows and width not in (None, len(next(iter(rows.values())))):
-            raise ValueError(f"The embeddings have {len(next(iter(rows.values())))} numbers; the index has {width}.")
-        replaced = any(found[index] in self._rows for index in rows)
-        self._rows |= {found[index]: rows[index] for index in sorted(rows)}
-        self._changed(only_more=not replaced)
+        self._put({found[index]: rows[index] for index in sorted(rows)})
 
     def remove(self, names: str | Iterable[str]) -> None:
         """Remove pictures by their names.
@@ -208,10 +220,11 @@ class ImageIndex:
             ValueError: There's no such picture.
         """
         gone = {names} if isinstance(names, str) else set(names)
-        if unknown := gone - self._rows.keys():
-            raise ValueError(f"The index has no {min(unknown)!r}.")
-        self._rows = {name: row for name, row in self._rows.items() if name not in gone}
-        self._changed()
+        with self._lock:
+            if unknown := gone - self._rows.keys():
+                raise ValueError(f"The index has no {min(unknown)!r}.")
+            self._rows = {name: row for name, row in self._rows.items() if name not in gone}
+            self._nearest, self._snapshot = make_nearest(self.backend), None
 
     def search(self, queries: Any, top_k: int = 10, templates: str | Sequence[str] = TEMPLATE) -> list[Any]:
         """Return the pictures that are most similar to a query, or a list of them for each of several queries.
@@ -239,13 +252,13 @@ class ImageIndex:
         if not listed:
             return []
         vectors = self._embed_queries(listed, templates)
-        if not self._rows:
+        names, embeds, nearest = self._as_it_is()
+        if not names:
             return [] if one else [[] for _ in listed]
-        if vectors.shape[1] != self._width():
-            raise ValueError(f"A query's embedding has {vectors.shape[1]} numbers; the index has {self._width()}.")
-        names, embeds = self._table()
+        if vectors.shape[1] != embeds.shape[1]:
+            raise ValueError(f"A query's embedding has {vectors.shape[1]} numbers; the index has {embeds.shape[1]}.")
         count = min(int(top_k), len(names))
-        candidates = self._find_nearest(embeds).candidates(vectors, count)
+        candidates = nearest.candidates(embeds, vectors, count)
         results = [
             [Match(*pair) for pair in ranked(embeds, names, vector, rows, count)]
             for vector, rows in zip(vectors, candidates, strict=True)
@@ -266,8 +279,8 @@ class ImageIndex:
             raise ValueError(
                 f"The index can't be saved, for it can't be known of which model it is: {error}."
             ) from error
-        names, embeds = self._table()
-        write_rows(Path(path), key, list(names), embeds, self._find_nearest(embeds).to_bytes() if names else None)
+        names, embeds, nearest = self._as_it_is()
+        write_rows(Path(path), key, list(names), embeds, nearest.to_bytes(embeds) if names else None)
 
     @classmethod
     def load(
@@ -305,36 +318,32 @@ class ImageIndex:
             )
         index._fill(names, embeds)
         if extra is not None and index.backend == key["backend"]:
-            index._nearest = make_nearest(index.backend)
             index._nearest.from_bytes(extra, embeds)
         return index
 
     def _fill(self, names: Sequence[str], embeds: torch.Tensor) -> None:
-        self._rows, self._made = dict(zip(names, embeds.unbind(), strict=True)), (tuple(names), embeds)
+        """Become an index of these, as one that's new."""
+        self._rows = dict(zip(names, embeds.unbind(), strict=True))
+        self._snapshot = Snapshot(tuple(names), embeds, self._nearest)
 
-    def _width(self) -> int | None:
-        return len(next(iter(self._rows.values()))) if self._rows else None
-
-    def _changed(self, only_more: bool = False) -> None:
+    def _put(self, rows: Mapping[str, torch.Tensor]) -> None:
+        """Take embeddings, (width,), by their names, all or none."""
         with self._lock:
-            self._made = None
-            if not only_more:
-                self._nearest = None
-
-    def _table(self) -> tuple[tuple[str, ...], torch.Tensor]:
-        """Return the names and embeddings, put together once."""
-        with self._lock:
-            if self._made is None:
-                embeds = torch.stack(list(self._rows.values())) if self._rows else torch.empty(0, 0)
-                self._made = tuple(self._rows), embeds
-            return self._made
-
-    def _find_nearest(self, embeds: torch.Tensor) -> Nearest:
-        with self._lock:
-            if self._nearest is None:
+            width = len(next(iter(self._rows.values()))) if self._rows else None
+            if wrong := [len(row) for row in rows.values() if width not in (None, len(row))]:
+                raise ValueError(f"The embeddings have {wrong[0]} numbers; the index has {width}.")
+            if rows.keys() & self._rows.keys():
                 self._nearest = make_nearest(self.backend)
-            self._nearest.extend(embeds)
-            return self._nearest
+            self._rows |= rows
+            self._snapshot = None
+
+    def _as_it_is(self) -> Snapshot:
+        """Return what the index holds now, put together once."""
+        with self._lock:
+            if self._snapshot is None:
+                embeds = torch.stack(list(self._rows.values())) if self._rows else torch.empty(0, 0)
+                self._snapshot = Snapshot(tuple(self._rows), embeds, self._nearest)
+            return self._snapshot
 
     def _embed(self, sources: Sequence[Any], names: Sequence[str], skip_unreadable: bool) -> dict[int, torch.Tensor]:
         """Return the embedding of each picture, by its index; of those that can't be read none."""

@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,20 +24,22 @@ MOST_SCORES = 1 << 25
 
 
 class Nearest(Protocol):
-    """What finds rows that are near to queries."""
+    """What finds rows that are near to queries, for several threads at once.
 
-    def extend(self, embeds: torch.Tensor) -> None:
-        """Take the rows that it hasn't yet: `embeds` has all, float32, (rows, width), those it has first."""
+    Each call gives the rows, float32, (rows, width). From call to call there may be more, after the same first ones,
+    and a thread whose search began earlier gives fewer again.
+    """
 
-    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    def candidates(self, embeds: torch.Tensor, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """Yield for each query the indices of the nearest rows, at least `count`, in any order.
 
         Args:
+            embeds: The rows.
             queries: float32, (queries, width).
             count: How many are needed, no more than there are.
         """
 
-    def to_bytes(self) -> bytes | None:
+    def to_bytes(self, embeds: torch.Tensor) -> bytes | None:
         """Return what `from_bytes` makes the same of, None where the rows are enough."""
 
     def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
@@ -46,29 +49,68 @@ class Nearest(Protocol):
 class Exact:
     """Compares a query with every row, by a matrix product."""
 
-    def __init__(self) -> None:
-        self.embeds = torch.empty(0, 0)
-
-    def extend(self, embeds: torch.Tensor) -> None:
-        self.embeds = embeds
-
-    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        for some in queries.split(max(1, MOST_SCORES // len(self.embeds))):
+    def candidates(self, embeds: torch.Tensor, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        for some in queries.split(max(1, MOST_SCORES // len(embeds))):
             # By numpy, for torch's products may be in bfloat16, as autocast or the precision that was set asks; and
             # its threads would wait for each other in each of the small steps after it.
-            for scores in some.numpy() @ self.embeds.numpy().T:
+            for scores in some.numpy() @ embeds.numpy().T:
                 least = np.partition(scores, len(scores) - count)[len(scores) - count]
                 # All that may be as near as the last, for what is equally near is ordered by names.
                 yield torch.from_numpy(np.flatnonzero(scores >= least - 2 * ROUNDING))
 
-    def to_bytes(self) -> None:
+    def to_bytes(self, embeds: torch.Tensor) -> None:
         return None
 
     def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
-        self.extend(embeds)
+        pass
 
 
-class Faiss:
+class Approximate:
+    """What a library's own index finds, which one thread uses at a time and which grows with the rows."""
+
+    def __init__(self) -> None:
+        self.index: Any = None
+        self._lock = Lock()
+
+    def candidates(self, embeds: torch.Tensor, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        with self._lock:
+            self._extend(embeds)
+            # Those that another thread has added since may be among the nearest, and are none of these rows.
+            found = self._find(queries, count + self._count() - len(embeds))
+        for rows in found:
+            # Where FAISS finds fewer, it fills up with -1.
+            yield rows[(rows >= 0) & (rows < len(embeds))]
+
+    def to_bytes(self, embeds: torch.Tensor) -> bytes | None:
+        with self._lock:
+            self._extend(embeds)
+            return self._to_bytes() if self._count() == len(embeds) else None
+
+    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+        with self._lock:
+            self._from_bytes(data, embeds)
+            self._extend(embeds)
+
+    def _count(self) -> int:
+        """Return how many rows it has."""
+        raise NotImplementedError
+
+    def _extend(self, embeds: torch.Tensor) -> None:
+        """Take the rows that it hasn't yet."""
+        raise NotImplementedError
+
+    def _find(self, queries: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the indices of rows near to each query, int64, (queries, count)."""
+        raise NotImplementedError
+
+    def _to_bytes(self) -> bytes:
+        raise NotImplementedError
+
+    def _from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class Faiss(Approximate):
     """Lets FAISS find them.
 
     Args:
@@ -77,15 +119,18 @@ class Faiss:
 
     def __init__(self, factory: str):
         require_extra("faiss", "faiss")
+        super().__init__()
         self.factory = factory
-        self.index: Any = None
 
     def _use(self, index: Any) -> None:
         self.index = index
         if hasattr(index, "hnsw"):
             index.hnsw.efSearch = LEAST_LOOKED_AT
 
-    def extend(self, embeds: torch.Tensor) -> None:
+    def _count(self) -> int:
+        return self.index.ntotal
+
+    def _extend(self, embeds: torch.Tensor) -> None:
         import faiss
 
         if self.index is None:
@@ -100,59 +145,59 @@ class Faiss:
         if len(embeds) > self.index.ntotal:
             self.index.add(embeds[self.index.ntotal :].numpy())
 
-    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    def _find(self, queries: torch.Tensor, count: int) -> torch.Tensor:
         if hasattr(self.index, "hnsw"):
             self.index.hnsw.efSearch = max(LEAST_LOOKED_AT, 2 * count)
-        for rows in torch.from_numpy(self.index.search(queries.numpy(), count)[1]):
-            # Where it finds fewer, it fills up with -1.
-            yield rows[rows >= 0]
+        return torch.from_numpy(self.index.search(queries.numpy(), count)[1])
 
-    def to_bytes(self) -> bytes:
+    def _to_bytes(self) -> bytes:
         import faiss
 
         return faiss.serialize_index(self.index).tobytes()
 
-    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+    def _from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
         import faiss
 
         try:
             self._use(faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8)))
         except RuntimeError as error:
             raise ValueError(f"FAISS can't read its part of the index: {one_line(error, 300)}") from error
-        self.extend(embeds)
 
 
-class Hnswlib:
+class Hnswlib(Approximate):
     """Lets hnswlib find them."""
 
     def __init__(self) -> None:
         require_extra("hnswlib", "hnswlib")
-        self.index: Any = None
+        super().__init__()
 
-    def extend(self, embeds: torch.Tensor) -> None:
+    def _count(self) -> int:
+        return self.index.get_current_count()
+
+    def _extend(self, embeds: torch.Tensor) -> None:
         import hnswlib
 
         if self.index is None:
             self.index = hnswlib.Index(space="ip", dim=embeds.shape[1])
             self.index.init_index(max_elements=len(embeds), ef_construction=200, M=16)
-        count = self.index.get_current_count()
+        count = self._count()
         if len(embeds) > count:
             if len(embeds) > self.index.get_max_elements():
                 self.index.resize_index(math.ceil(1.5 * len(embeds)))
             self.index.add_items(embeds[count:].numpy(), np.arange(count, len(embeds)))
 
-    def candidates(self, queries: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    def _find(self, queries: torch.Tensor, count: int) -> torch.Tensor:
         self.index.set_ef(max(LEAST_LOOKED_AT, 2 * count))
-        yield from torch.from_numpy(self.index.knn_query(queries.numpy(), k=count)[0].astype(np.int64))
+        return torch.from_numpy(self.index.knn_query(queries.numpy(), k=count)[0].astype(np.int64))
 
-    def to_bytes(self) -> bytes:
+    def _to_bytes(self) -> bytes:
         # It writes to files alone.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "index")
             self.index.save_index(str(path))
             return path.read_bytes()
 
-    def from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
+    def _from_bytes(self, data: bytes, embeds: torch.Tensor) -> None:
         import hnswlib
 
         self.index = hnswlib.Index(space="ip", dim=embeds.shape[1])
@@ -160,7 +205,6 @@ class Hnswlib:
             path = Path(folder, "index")
             path.write_bytes(data)
             self.index.load_index(str(path), max_elements=len(embeds))
-        self.extend(embeds)
 
 
 def make_nearest(backend: str) -> Nearest:
