@@ -1,5 +1,6 @@
 """`python -m diffclip_hf.embed`: right values in clip-retrieval's layout, each row once, whatever stops it."""
 
+import errno
 import hashlib
 import io
 import json
@@ -7,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate.utils
@@ -26,8 +29,8 @@ from transformers import AutoModel, AutoProcessor
 from transformers import logging as transformers_logging
 
 from diffclip_hf import DiffCLIPModel
-from diffclip_hf.common import known_files
-from diffclip_hf.common.embedding_parts import REPORT, SETTINGS
+from diffclip_hf.common import embedding_parts, known_files
+from diffclip_hf.common.embedding_parts import LOCK, REPORT, SETTINGS, locked
 from diffclip_hf.data.parts import ShardParts
 from diffclip_hf.embed import build_parser, main, run
 
@@ -255,7 +258,8 @@ def test_killed_again_and_again_it_makes_what_one_run_does(data, warm_python, tm
         done = warm_python(["-c", KILL, place, call, *line(data / "shards", tmp_path / "out", data)], tmp_path)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert len(list((tmp_path / "out").glob("metadata/*"))) == parts
-        assert [path.name for path in (tmp_path / "out").glob(".*")]
+        assert list((tmp_path / "out").glob(".[!l]*"))
+        assert (tmp_path / "out" / LOCK).exists()
     assert main(line(data / "shards", tmp_path / "out", data)) == 0
     assert content(tmp_path / "out") == content(data / "whole")
 
@@ -287,6 +291,127 @@ def test_one_process_goes_on_where_two_were_killed(data, tmp_path):
     assert len(list((tmp_path / "out").glob("metadata/*.parquet"))) in (1, 2, 3)
     assert main(words) == 0
     assert content(tmp_path / "out") == content(data / "whole")
+
+
+WAIT = """
+import pathlib, sys, time
+from diffclip_hf import embed
+from diffclip_hf.evaluation.encoder import Encoder
+folder, usual = pathlib.Path.cwd(), Encoder.embed_pixels
+def wait(*args, **kwargs):
+    (folder / "begun").touch()
+    for _ in range(60000):
+        if (folder / "go").exists():
+            return usual(*args, **kwargs)
+        time.sleep(0.01)
+Encoder.embed_pixels = wait
+sys.exit(embed.main())
+"""
+
+
+def test_a_second_command_is_refused_while_the_first_writes(data, warm_python, tmp_path, caplog):
+    out = tmp_path / "out"
+    words = line(data / "shards", out, data)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(warm_python, ["-c", WAIT, *words], tmp_path)
+        try:
+            while not (tmp_path / "begun").exists():
+                assert not first.done(), first.result().stderr
+                time.sleep(0.01)
+            (part,) = out.glob(".part-*")
+            before = sorted(path.name for path in part.iterdir())
+            assert main(words) == 1
+            assert (
+                caplog.messages[-1]
+                == f"Another process is writing to {out}; wait for its end, or name another folder."
+            )
+            assert sorted(path.name for path in part.iterdir()) == before == ["img_emb", "metadata", "text_emb"]
+        finally:
+            (tmp_path / "go").touch()
+    assert first.result().returncode == 0, first.result().stderr
+    assert content(out) == content(data / "whole")
+
+
+def refusal_in_process(folder: Path, words: list[str]) -> str:
+    try:
+        run(build_parser().parse_args(words))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_all_processes_learn_of_a_refusal(data, tmp_path):
+    with locked(tmp_path / "out"):
+        words = line(data / "shards", tmp_path / "out", data)
+        found = launch(refusal_in_process, 2, tmp_path / "two", words)
+    assert (
+        found == [f"Another process is writing to {tmp_path / 'out'}; wait for its end, or name another folder."] * 2
+    )
+
+
+LOCK_AND_DIE = """
+import os, pathlib, signal, sys, time
+from diffclip_hf.common.embedding_parts import locked
+with locked(pathlib.Path(sys.argv[1])):
+    ready, tell = os.pipe()
+    if os.fork() == 0:
+        # As a process that reads pictures; pytest waits for what it could print.
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        pathlib.Path("child").write_text(str(os.getpid()))
+        os.write(tell, b"x")
+        time.sleep(3600)
+    os.read(ready, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_lock_ends_with_its_process_though_one_that_it_has_forked_lives(warm_python, tmp_path):
+    out = tmp_path / "out"
+    done = warm_python(["-c", LOCK_AND_DIE, out], tmp_path)
+    child = int((tmp_path / "child").read_text())
+    try:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (out / LOCK).exists()
+        os.kill(child, 0)
+        with locked(out):
+            assert (out / LOCK).exists()
+        assert not (out / LOCK).exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("missing", ["module", "support"])
+def test_where_nothing_can_be_locked_it_says_so_and_goes_on(missing, tmp_path, monkeypatch, caplog, propagate_logs):
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if missing == "module":
+        monkeypatch.setattr(embedding_parts, "fcntl", None)
+    else:
+        monkeypatch.setattr(embedding_parts.fcntl, "lockf", fail)
+    reason = {"module": "this system has no locks", "support": "Function not implemented"}[missing]
+    with locked(tmp_path / "out"):
+        assert caplog.messages == [
+            f"{tmp_path / 'out'} can't be locked ({reason}): see to it that only one command at a time writes there."
+        ]
+
+
+def test_a_lock_of_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The process before may remove the file and end its lock between another's opening it and locking it."""
+    usual, removed = embedding_parts.fcntl.lockf, []
+
+    def lockf(file, *args: object) -> None:
+        if not removed:
+            (tmp_path / LOCK).unlink()
+            removed.append(file)
+        usual(file, *args)
+
+    monkeypatch.setattr(embedding_parts.fcntl, "lockf", lockf)
+    with locked(tmp_path):
+        assert removed[0].closed
+        assert (tmp_path / LOCK).exists()
 
 
 def test_it_says_that_another_process_has_ended(data, tmp_path, caplog, monkeypatch):

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from .common.commands import EXPECTED, CommandParser, require_extra, run_command, warn_of_one_process
-from .common.embedding_parts import IMAGES, REPORT, TEXTS, EmbeddingParts, PartWriter, begin, check_place
+from .common.embedding_parts import IMAGES, REPORT, TEXTS, EmbeddingParts, PartWriter, begin, check_place, locked
 from .common.keys import describe, fingerprint
 from .common.known_files import THREADS
 from .common.loading import check_device
@@ -330,11 +330,41 @@ def _embed_own(parts: Parts, numbers: Sequence[int], encoder: Encoder, output: E
             write_part(parts, number, encoder, output, bar)
 
 
+def _embed_together(args: argparse.Namespace, state: Any, parts: Parts, encoder: Encoder) -> None:
+    """Share the parts out among the processes, embed them and report; OUT is locked by the first process meanwhile."""
+    settings = _settings(args, parts, encoder)
+    columns = (*parts.columns, "caption") if parts.captions else parts.columns
+    output = EmbeddingParts(args.output, len(parts), parts.captions, args.output_dtype, columns)
+    with ExitStack() as lock:
+
+        def plan() -> tuple[dict[str, Any], list[int]]:
+            lock.enter_context(locked(args.output))
+            begin(args.output, settings)
+            return settings, _unfinished(parts, output)
+
+        planned, unfinished = in_the_first(state, plan)
+        if planned != settings:
+            different = ", ".join(name for name in settings if planned.get(name) != settings[name])
+            raise ValueError(f"Process {state.process_index} has another {different} than the first process.")
+        logger.info(
+            "%d of %d parts are to be embedded, %s, by %s.",
+            len(unfinished),
+            len(parts),
+            "with captions" if parts.captions else "pictures alone",
+            "1 process" if state.num_processes == 1 else f"{state.num_processes} processes",
+        )
+        own = unfinished[state.process_index :: state.num_processes]
+        _embed_own(parts, own, encoder, output, state.is_main_process)
+        with _with_others():
+            state.wait_for_everyone()
+        in_the_first(state, lambda: _report(args, parts, encoder, output))
+
+
 def run(args: argparse.Namespace) -> None:
     """Embed as the command line says, as one of the processes that accelerate has started.
 
     Raises:
-        ValueError: An option, the model or the data don't fit, or OUT was begun with others.
+        ValueError: An option, the model or the data don't fit, or OUT was begun with others, or is being written.
         OSError: Something can't be read or written, or another process has ended.
     """
     shards = names_shards(args.source)
@@ -355,30 +385,7 @@ def run(args: argparse.Namespace) -> None:
         **({} if shards else table),
     )
     encoder = _load_encoder(args, state)
-    settings = _settings(args, parts, encoder)
-    columns = (*parts.columns, "caption") if parts.captions else parts.columns
-    output = EmbeddingParts(args.output, len(parts), parts.captions, args.output_dtype, columns)
-
-    def plan() -> tuple[dict[str, Any], list[int]]:
-        begin(args.output, settings)
-        return settings, _unfinished(parts, output)
-
-    planned, unfinished = in_the_first(state, plan)
-    if planned != settings:
-        different = ", ".join(name for name in settings if planned.get(name) != settings[name])
-        raise ValueError(f"Process {state.process_index} has another {different} than the first process.")
-    logger.info(
-        "%d of %d parts are to be embedded, %s, by %s.",
-        len(unfinished),
-        len(parts),
-        "with captions" if parts.captions else "pictures alone",
-        "1 process" if state.num_processes == 1 else f"{state.num_processes} processes",
-    )
-    own = unfinished[state.process_index :: state.num_processes]
-    _embed_own(parts, own, encoder, output, state.is_main_process)
-    with _with_others():
-        state.wait_for_everyone()
-    in_the_first(state, lambda: _report(args, parts, encoder, output))
+    _embed_together(args, state, parts, encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

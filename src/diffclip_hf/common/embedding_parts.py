@@ -8,7 +8,9 @@ Row n of all three is of one picture. Names are in the order of the parts, which
 Parquet file comes last, and says in its metadata what was counted: a part is there when it is.
 """
 
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +19,24 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from transformers.utils import logging
 
 from .json_files import read_json_object
 from .whole_files import check_output_file, write_text_whole
 
 
+try:
+    import fcntl
+except ImportError:  # Windows has none.
+    fcntl = None  # type: ignore[assignment]
+
+
+logger = logging.get_logger(__name__)
 SETTINGS, REPORT = "embed_settings.json", "embed_report.json"
 # What is being written; a process that was killed leaves it.
 UNFINISHED = ".part-"
+# Is there while a process writes to the folder; one that was killed leaves the file, but not its lock.
+LOCK = ".lock"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 NOTE = b"diffclip_hf"
 # Settings that are known by a digest, which says nothing to a reader.
@@ -183,12 +195,77 @@ def check_place(folder: Path) -> None:
     check_output_file(folder / SETTINGS)
     if (folder / SETTINGS).exists() or not folder.exists():
         return
-    if any(not path.name.startswith((UNFINISHED, f".{SETTINGS}")) for path in folder.iterdir()):
+    if any(not path.name.startswith((UNFINISHED, f".{SETTINGS}", LOCK)) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} isn't empty, and no embeddings were begun there; name a new folder.")
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Return a file with its lock, which the system takes back when this process closes it or ends, however it does.
+
+    Raises:
+        BlockingIOError: Another process has it.
+        OSError: It can't be opened, or locked on this file system.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            # Processes that are forked from this one, as those that read pictures, don't hold it too, as flock's.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that had it before may have removed it since it was opened.
+            if _is_at(file, path):
+                return file
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(
+                    f"Another process is writing to {path.parent}; wait for its end, or name another folder."
+                ) from None
+            raise
+        file.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder, which is made; a warning says where that can't be done.
+
+    Raises:
+        BlockingIOError: Another process is writing to it.
+        OSError: It can't be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, file, reason = folder / LOCK, None, "this system has no locks"
+    if fcntl is not None:
+        try:
+            file = _lock(path)
+        except OSError as error:
+            # As on Lustre that is mounted without locks.
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            reason = error.strerror
+    if file is None:
+        logger.warning(
+            "%s can't be locked (%s): see to it that only one command at a time writes there.", folder, reason
+        )
+    try:
+        yield
+    finally:
+        # Before the lock ends, for then it may be another's.
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Keep what embeddings in a folder depend on, and remove what a process that was killed has left.
+
+    What another process is writing would be removed too, so that the folder has to be `locked`.
 
     Raises:
         ValueError: They were begun with other settings.
@@ -212,4 +289,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
             path.unlink()
 
 
-__all__ = ["IMAGES", "METADATA", "REPORT", "SETTINGS", "TEXTS", "EmbeddingParts", "PartWriter", "begin", "check_place"]
+__all__ = [
+    *("IMAGES", "METADATA", "REPORT", "SETTINGS", "TEXTS"),
+    *("EmbeddingParts", "PartWriter", "begin", "check_place", "locked"),
+]
