@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,28 @@ def test_scores_dont_depend_on_the_precision_of_torchs_products(index, random_ro
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        (np.float16, 2**-24),
+        (np.float16, 1e4),
+        (np.float32, 1e-44),
+        (np.float32, 5e37),
+        (np.float64, 5e-324),
+        (np.float64, 1e200),
+        (np.float64, 4e307),
+        (np.int32, 5 * 10**8),
+    ],
+)
+def test_the_length_of_embeddings_makes_no_difference(dtype, length, index):
+    """Even where a dtype, or float64, can't hold its square; hand-worked, from a view that runs backwards."""
+    rows = (np.array([[3, 4, 0], [4, 3, 0]]).astype(dtype) * np.asarray(length, dtype))[:, ::-1]
+    index.add(rows, ["a", "b"])
+    assert np.allclose(index.embeds, [[0, 0.8, 0.6], [0, 0.6, 0.8]], atol=1e-6)
+    for query in (rows[0], index.embeds[0] * 1e30, index.embeds[0] * 1e-30):
+        assert np.allclose([score for score, _ in index.search(query)], [1, 0.96], atol=1e-6)
+
+
 def test_nothing_is_found_in_nothing(index, random_rows):
     assert index.search(random_rows[0]) == []
     assert index.search(["dog", "cat"]) == [[], []]
@@ -185,6 +208,10 @@ def test_a_name_that_is_there_is_replaced(index, random_rows):
     assert [name for _, name in index.search(random_rows[2])] == ["b"]
     with pytest.raises(ValueError, match="The index has no 'a'"):
         index.remove(["a"])
+    with pytest.raises(ValueError, match="names is 5; it must be a string or a path, or several"):
+        index.remove(5)
+    index.remove(Path("b"))
+    assert index.names == ()
 
 
 def test_pictures_in_memory_and_on_disk(index, folder):
@@ -202,6 +229,10 @@ def test_what_cant_be_read_is_an_error_or_left_out(index, folder):
     index.add(folder, skip_unreadable=True)
     assert len(index) == 5
     assert list(index.left_out) == [str(folder / "broken.png")]
+    picture(7).save(folder / "broken.png")
+    index.add(folder / "broken.png")
+    assert len(index) == 6
+    assert index.left_out == {}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +243,14 @@ def test_what_cant_be_read_is_an_error_or_left_out(index, folder):
         (np.ones((2, WIDTH)), ["a", "a"], "'a' is given twice"),
         (np.ones((1, 7)), ["a"], "The embeddings have 7 numbers; the index has 24"),
         (np.zeros((1, WIDTH)), ["a"], "all zeros"),
-        (np.full((1, WIDTH), np.nan), ["a"], "1 of 1 given embeddings aren't finite"),
+        (np.full((1, WIDTH), np.nan), ["a"], "images has nan in its embedding 0; every number must be finite"),
+        (np.ones((1, WIDTH), complex), ["a"], "images is an array of complex128; embeddings must be of real numbers"),
+        (np.array(["x"]), ["a"], "images is an array of <U1; embeddings must be of real numbers"),
+        (np.ones((1, 0)), ["a"], "all zeros"),
+        (np.ones((1, WIDTH)), [3], "names has 3; each must be a string or a path"),
+        (np.ones((1, WIDTH)), [b"abc"], "names has b'abc'; each must be a string or a path"),
+        (np.ones((1, WIDTH)), 3, "names is 3; it must be a string or a path, or several of them"),
+        (np.ones((1, WIDTH)), b"abc", "names is b'abc'; it must be a string"),
         ([picture(0)], None, "Picture 0 is of type Image, which has no path; pass names"),
         ([5], ["a"], "'a' can't be read: it is of type int"),
         (5, None, "images is of type int"),
@@ -237,6 +275,13 @@ def test_what_cant_be_searched(index, folder, monkeypatch):
         ([np.ones((2, WIDTH))], r"A query is an array of shape \(2, 24\)"),
         ([np.ones(7), "dog"], "different widths: 7, 24"),
         ("half \ud83d", "has half a character"),
+        (None, "queries is None; it must be a text, a picture, an embedding, or a list of them"),
+        (5, "queries is 5; it must be a text"),
+        ({"a": 1}, "queries is {'a': 1}; it must be a text"),
+        (np.array(5.0), r"queries is array\(5\.\); it must be a text"),
+        (["dog", 5], r"queries\[1\] can't be read: it is of type int"),
+        (b"abc", r"queries\[0\] can't be read: What is given as bytes"),
+        ([np.ones(WIDTH), np.full(WIDTH, -np.inf)], r"queries\[1\] has -inf in its embedding 0; every number must"),
     ):
         with pytest.raises(ValueError, match=words):
             index.search(query)
@@ -303,6 +348,8 @@ def test_what_isnt_a_whole_index_is_refused(index, model, processor, random_rows
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=words):
             ImageIndex.load(path, model, processor)
+    with pytest.raises(ValueError, match=f"path is {str(tmp_path)!r}, which isn't a file"):
+        ImageIndex.load(tmp_path, model, processor)
 
 
 # Other backends -----------------------------------------------------------------------------------------------------

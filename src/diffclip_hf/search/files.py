@@ -63,6 +63,11 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Any], torch.Tensor, byte
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} isn't a safetensors file, or it is damaged: {error}") from error
+    except FileNotFoundError:
+        raise
+    # safetensors' own error doesn't say which file.
+    except OSError as error:
+        raise OSError(f"{path} can't be read: {error}") from error
     if not {EMBEDS, ROWS} <= tensors.keys() or not {"key", "digest"} <= metadata.keys():
         raise ValueError(f"{path} holds other tensors than an index of pictures does.")
     if metadata["digest"] != _digest(metadata["key"], tensors):

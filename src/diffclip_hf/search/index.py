@@ -17,7 +17,7 @@ from ..common.embedding_cache import EmbeddingCache
 from ..common.keys import UnknownContentError
 from ..common.loading import check_path
 from ..common.whole_files import check_output_file
-from ..evaluation.encoder import Encoder, check_finite
+from ..evaluation.encoder import Encoder
 from ..zero_shot import (
     IMAGE_SUFFIXES,
     image_sources,
@@ -28,7 +28,7 @@ from ..zero_shot import (
 )
 from .files import read_rows, write_rows
 from .folders import embed_folder, identity_of
-from .nearest import Nearest, make_nearest, ranked
+from .nearest import ROWS_AT_ONCE, Nearest, make_nearest, ranked
 from .pictures import embed_pictures
 
 
@@ -62,33 +62,76 @@ class Snapshot(NamedTuple):
     nearest: Nearest
 
 
-def _as_embeds(value: Any) -> torch.Tensor | None:
+def _of_length_1(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows that aren't zeros, L2-normalised, float32."""
+    rows = rows.double()
+    # The squares of what is very large or very small would be infinite, or 0, in float64 too.
+    return normalize(rows / rows.abs().amax(dim=1, keepdim=True), dim=1).float()
+
+
+def _as_embeds(value: Any, argument: str) -> torch.Tensor | None:
     """Return embeddings, float32, (rows, width), on the CPU, of length 1; None where the value is something else.
 
+    Args:
+        value: Of whatever kind.
+        argument: What it was given as, for errors.
+
     Raises:
-        ValueError: One has no direction, or isn't finite.
+        ValueError: One isn't of real numbers, isn't finite, or has no direction.
     """
     if not isinstance(value, (np.ndarray, torch.Tensor)) or value.ndim not in (1, 2):
         return None
-    embeds = torch.as_tensor(value).detach().cpu().float()
-    embeds = check_finite(embeds.reshape(-1, embeds.shape[-1]), "given")
-    if not embeds.any(dim=1).all():
-        raise ValueError("An embedding is all zeros, which has no direction.")
-    return normalize(embeds, dim=1)
+    try:
+        # torch takes no negative strides, and warns of what can't be written.
+        embeds = torch.as_tensor(np.require(value, requirements="CW") if isinstance(value, np.ndarray) else value)
+    except TypeError:
+        embeds = None
+    if embeds is None or embeds.is_complex():
+        raise ValueError(f"{argument} is an array of {value.dtype}; embeddings must be of real numbers.")
+    embeds = embeds.detach().cpu()
+    embeds = embeds[None] if embeds.ndim == 1 else embeds
+    if len(wrong := (~embeds.isfinite()).nonzero()):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"{argument} has {embeds[row, column].item()} in its embedding {row}; every number must be finite."
+        )
+    if len(wrong := (~embeds.bool().any(dim=1)).nonzero()):
+        raise ValueError(f"{argument} has an embedding {wrong[0].item()} of all zeros, which has no direction.")
+    return torch.cat([_of_length_1(rows) for rows in embeds.split(ROWS_AT_ONCE)]) if len(embeds) else embeds.float()
 
 
-def _check_names(names: Iterable[Any] | None, count: int) -> list[str] | None:
-    """Return names as strings.
+def _as_names(names: Any) -> list[str]:
+    """Return one name, or several, as strings.
 
     Raises:
-        ValueError: They aren't as many as there are pictures.
+        ValueError: It's something else.
     """
-    if names is None:
-        return None
-    found = [os.fspath(name) for name in ([names] if isinstance(names, (str, os.PathLike)) else names)]
-    if len(found) != count:
-        raise ValueError(f"There are {len(found)} names for {count} pictures.")
+    listed = [names] if isinstance(names, (str, os.PathLike)) else names
+    if isinstance(listed, bytes) or not isinstance(listed, Iterable):
+        raise ValueError(f"names is {names!r:.200}; it must be a string or a path, or several of them.")
+    found = [os.fspath(name) if isinstance(name, os.PathLike) else name for name in listed]
+    if wrong := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"names has {wrong[0]!r:.200}; each must be a string or a path.")
     return found
+
+
+def _as_queries(queries: Any) -> tuple[list[Any], bool]:
+    """Return the queries, and whether it's a single one.
+
+    Raises:
+        ValueError: It's neither a query nor several.
+    """
+    one = isinstance(queries, (str, os.PathLike)) or is_single(queries)
+    if isinstance(queries, (np.ndarray, torch.Tensor)):
+        # Of embeddings there are two dimensions, where a picture's array has three.
+        one = queries.ndim in (1, 3)
+    if one:
+        return [queries], True
+    if isinstance(queries, Mapping) or not isinstance(queries, Iterable) or getattr(queries, "ndim", 1) == 0:
+        raise ValueError(
+            f"queries is {queries!r:.200}; it must be a text, a picture, an embedding, or a list of them."
+        )
+    return list(queries), False
 
 
 class ImageIndex:
@@ -111,7 +154,7 @@ class ImageIndex:
             to 32.
 
     Attributes:
-        left_out: The pictures that couldn't be read, name → why.
+        left_out: The pictures that couldn't be read and haven't been added since, name → why.
 
     Raises:
         ValueError: As `Encoder` raises, or there is no such backend.
@@ -198,28 +241,30 @@ class ImageIndex:
             ValueError: A name is missing or given twice; embeddings have another width or no direction; or a picture
                 can't be read, before anything is added.
         """
-        embeds = _as_embeds(images)
-        if embeds is not None:
-            found, rows = _check_names(names, len(embeds)), dict(enumerate(embeds.unbind()))
-            if found is None:
-                raise ValueError("Embeddings need names; pass names.")
-        else:
-            sources = list(image_sources(images)[0])
-            found = _check_names(names, len(sources))
-            if found is None:
-                found = [_name_of(source, index) for index, source in enumerate(sources)]
-            rows = self._embed(sources, found, skip_unreadable)
+        embeds = _as_embeds(images, "images")
+        if embeds is not None and names is None:
+            raise ValueError("Embeddings need names; pass names.")
+        sources = list(image_sources(images)[0]) if embeds is None else embeds.unbind()
+        found = _as_names([_name_of(*one) for one in enumerate(sources)] if names is None else names)
+        if len(found) != len(sources):
+            raise ValueError(f"There are {len(found)} names for {len(sources)} pictures.")
         if len(set(found)) < len(found):
             raise ValueError(f"The name {Counter(found).most_common(1)[0][0]!r} is given twice.")
-        self._put({found[index]: rows[index] for index in sorted(rows)})
+        rows, left_out = dict(enumerate(sources)), {}
+        if embeds is None:
+            rows, left_out = self._embed(sources, [f"{name!r:.200}" for name in found], skip_unreadable)
+        self._put(
+            {found[index]: rows[index] for index in sorted(rows)},
+            {found[index]: reason for index, reason in left_out.items()},
+        )
 
-    def remove(self, names: str | Iterable[str]) -> None:
+    def remove(self, names: str | os.PathLike | Iterable[str]) -> None:
         """Remove pictures by their names.
 
         Raises:
             ValueError: There's no such picture.
         """
-        gone = {names} if isinstance(names, str) else set(names)
+        gone = set(_as_names(names))
         with self._lock:
             if unknown := gone - self._rows.keys():
                 raise ValueError(f"The index has no {min(unknown)!r}.")
@@ -239,16 +284,12 @@ class ImageIndex:
             `Match`es, the best first; of several queries a list for each.
 
         Raises:
-            ValueError: A query is empty, can't be read, is a string that names a picture's file, or has another width
-                than the index; `top_k` is below 1; or a template has no {}.
+            ValueError: A query is empty, can't be read, is a string that names a picture's file, isn't finite, or has
+                another width than the index; `top_k` is below 1; or a template has no {}.
         """
         if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
             raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
-        one = isinstance(queries, (str, os.PathLike)) or is_single(queries)
-        if isinstance(queries, (np.ndarray, torch.Tensor)):
-            # Of embeddings there are two dimensions, where a picture's array has three.
-            one = queries.ndim in (1, 3)
-        listed = [queries] if one else list(queries)
+        listed, one = _as_queries(queries)
         if not listed:
             return []
         vectors = self._embed_queries(listed, templates)
@@ -304,9 +345,13 @@ class ImageIndex:
         Raises:
             ValueError: There's no such file, it's damaged or another kind of file, or it was made with other weights
                 or preprocessing.
+            OSError: The file can't be read.
             ImportError: The backend's package isn't installed.
         """
-        key, names, embeds, extra = read_rows(check_path(path, "path"))
+        file = check_path(path, "path")
+        if not file.is_file():
+            raise ValueError(f"path is {os.fspath(path)!r}, which isn't a file; it must be one that save wrote.")
+        key, names, embeds, extra = read_rows(file)
         if key.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)!r} isn't an index of this version.")
         index = cls(model, processor, backend=backend or key["backend"], **kwargs)
@@ -326,8 +371,8 @@ class ImageIndex:
         self._rows = dict(zip(names, embeds.unbind(), strict=True))
         self._snapshot = Snapshot(tuple(names), embeds, self._nearest)
 
-    def _put(self, rows: Mapping[str, torch.Tensor]) -> None:
-        """Take embeddings, (width,), by their names, all or none."""
+    def _put(self, rows: Mapping[str, torch.Tensor], left_out: Mapping[str, str]) -> None:
+        """Take embeddings, (width,), by their names, all or none, and what was left out of them, name → why."""
         with self._lock:
             width = len(next(iter(self._rows.values()))) if self._rows else None
             if wrong := [len(row) for row in rows.values() if width not in (None, len(row))]:
@@ -336,6 +381,8 @@ class ImageIndex:
                 self._nearest = make_nearest(self.backend)
             self._rows |= rows
             self._snapshot = None
+            # A new one, for another thread may be going through the old one.
+            self.left_out = {name: why for name, why in self.left_out.items() if name not in rows} | left_out
 
     def _as_it_is(self) -> Snapshot:
         """Return what the index holds now, put together once."""
@@ -345,8 +392,16 @@ class ImageIndex:
                 self._snapshot = Snapshot(tuple(self._rows), embeds, self._nearest)
             return self._snapshot
 
-    def _embed(self, sources: Sequence[Any], names: Sequence[str], skip_unreadable: bool) -> dict[int, torch.Tensor]:
-        """Return the embedding of each picture, by its index; of those that can't be read none."""
+    def _embed(
+        self, sources: Sequence[Any], called: Sequence[str], skip_unreadable: bool
+    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        """Return the embedding of each picture, by its index, or why it can't be read.
+
+        Args:
+            sources: The pictures.
+            called: What errors call them.
+            skip_unreadable: Whether one that can't be read is no error.
+        """
         image_processor = self.encoder.processor.image_processor
 
         def read(source: Any) -> tuple[str | None, torch.Tensor | None]:
@@ -357,16 +412,15 @@ class ImageIndex:
 
         sendable = all(isinstance(source, (str, os.PathLike, bytes)) for source in sources)
         found: dict[int, torch.Tensor] = {}
-        left_out: dict[str, str] = {}
+        left_out: dict[int, str] = {}
         for index, reason, embed in embed_pictures(self.encoder, sources, read, sendable=sendable):
             if embed is not None:
                 found[index] = embed
             elif skip_unreadable:
-                left_out[names[index]] = str(reason)
+                left_out[index] = str(reason)
             else:
-                raise ValueError(f"{names[index]!r:.200} can't be read: {reason}")
-        self.left_out |= left_out
-        return found
+                raise ValueError(f"{called[index]} can't be read: {reason}")
+        return found, left_out
 
     def _embed_queries(self, queries: Sequence[Any], templates: str | Sequence[str]) -> torch.Tensor:
         """Return the queries' embeddings, L2-normalised, float32, (queries, width), on the CPU."""
@@ -381,15 +435,15 @@ class ImageIndex:
         pictures = []
         for index, query in enumerate(queries):
             if index not in texts:
-                given = _as_embeds(query)
+                given = _as_embeds(query, f"queries[{index}]")
                 if given is None:
                     pictures.append(index)
                 elif len(given) != 1:
                     raise ValueError(f"A query is an array of shape {tuple(query.shape)}; it must be (width,).")
                 else:
                     found[index] = given[0]
-        names = [_query_name(queries[index]) for index in pictures]
-        embedded = self._embed([queries[index] for index in pictures], names, False) if pictures else {}
+        called = [_query_name(index, queries[index]) for index in pictures]
+        embedded, _ = self._embed([queries[index] for index in pictures], called, False) if pictures else ({}, {})
         found |= {pictures[place]: embed for place, embed in embedded.items()}
         widths = {len(embed) for embed in found.values()}
         if len(widths) > 1:
@@ -397,7 +451,7 @@ class ImageIndex:
         return torch.stack([found[index] for index in range(len(queries))])
 
 
-def _name_of(source: Any, index: int) -> str:
+def _name_of(index: int, source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, Mapping) and source.get("path"):
@@ -405,8 +459,8 @@ def _name_of(source: Any, index: int) -> str:
     raise ValueError(f"Picture {index} is of type {type(source).__name__}, which has no path; pass names.")
 
 
-def _query_name(query: Any) -> str:
-    return os.fspath(query) if isinstance(query, os.PathLike) else f"a {type(query).__name__}"
+def _query_name(index: int, query: Any) -> str:
+    return f"{os.fspath(query)!r:.200}" if isinstance(query, os.PathLike) else f"queries[{index}]"
 
 
 def _check_query(text: str) -> None:

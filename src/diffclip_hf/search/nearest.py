@@ -246,4 +246,4 @@ def ranked(
     return pairs[:count]
 
 
-__all__ = ["Nearest", "make_nearest", "ranked"]
+__all__ = ["ROWS_AT_ONCE", "Nearest", "make_nearest", "ranked"]
