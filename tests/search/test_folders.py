@@ -109,6 +109,17 @@ def test_where_the_file_system_doesnt_tell_files_are_read_but_not_embedded(searc
     assert sorted((tmp_path / "cache").rglob("part-*")) == parts
 
 
+def test_a_links_file_system_is_that_of_its_file(search, monkeypatch, tmp_path, folder):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture(10).save(elsewhere / "x.png")
+    (folder / "link.png").symlink_to(elsewhere / "x.png")
+    for mounts, again in ({"/": "ext4"}, 0), ({"/": "ext4", os.path.realpath(elsewhere): "9p"}, 6):
+        monkeypatch.setattr(known_files, "_mounts", lambda mounts=mounts: mounts)
+        search()
+        assert search()[1] == (0, again)
+
+
 def test_without_a_cache_nothing_is_kept(search, tmp_path):
     for _ in range(2):
         assert search(cache_dir=None)[1] == (5, 5)
@@ -147,6 +158,9 @@ def test_what_cant_be_read_is_named_and_left_out(search, folder, caplog, monkeyp
         assert len(index) == 5
         assert [os.path.basename(name) for name in index.left_out] == ["broken.png", "empty.jpg", "text.gif"]
         messages = [record.getMessage() for record in caplog.records]
+        # The user gave files, whatever the package reads them as.
+        assert index.left_out[str(folder / "empty.jpg")] == f"{folder / 'empty.jpg'}: The file is empty."
+        assert not any("bytes" in reason for reason in index.left_out.values())
         assert messages[-1] == "3 of 8 pictures can't be read and are left out."
         assert [os.path.basename(message.split(": ")[1]) for message in messages[:-1]] == ["broken.png", "empty.jpg"]
     for path in folder.rglob("*.*"):
@@ -195,6 +209,21 @@ def test_a_killed_process_leaves_what_it_embedded(search, monkeypatch, tmp_path,
     index, done = search()
     assert done == (1, 1)
     assert_as_new(index, folder, model, processor)
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(search, tmp_path):
+    """But nothing that a living one may be writing, and nothing else."""
+    search()
+    (part,) = (tmp_path / "cache").rglob("part-*")
+    # As write_whole names it, by mkstemp.
+    left, living = (part.with_name(f".part-{number:016x}.safetensors-abcd_{number}23") for number in range(2))
+    others = [part, living, part.with_name(".nfs0001"), part.with_name("notes.txt")]
+    for path in (left, *others[1:]):
+        path.write_bytes(b"half")
+    for path in (left, *others):
+        os.utime(path, (time.time() - (23 if path == living else 25) * 3600,) * 2)
+    search()
+    assert sorted(part.parent.iterdir()) == sorted(others)
 
 
 def test_a_damaged_part_is_embedded_again(search, tmp_path, caplog, folder, model, processor):

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ KEPT_EVERY, LARGEST_PART = 20.0, 65536
 # Parts and rows that aren't needed any more are cleared when there are so many of them.
 MOST_PARTS, MOST_DEAD = 8, 0.1
 MOST_NAMED = 10
+# What `write_whole` calls a part until it's whole, and how many seconds after its last change it's nobody's any more:
+# a part takes seconds to write, and another process, of another machine too, may be writing one.
+UNFINISHED, ABANDONED_AFTER = ".part-*.safetensors-*", 24 * 3600.0
 
 
 def preprocessing_of(encoder: Encoder) -> list[Any]:
@@ -114,6 +118,14 @@ class Kept:
             self.parts.append(path)
         self.saved = len(self.rows)
 
+    def remove_abandoned(self) -> None:
+        """Remove what processes that were killed have left of parts."""
+        for path in self.folder.glob(UNFINISHED) if self.folder else ():
+            # It may be gone by now, or belong to another user of a shared folder.
+            with suppress(FileNotFoundError, PermissionError):
+                if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                    path.unlink()
+
     def write(self, rows: Sequence[Row]) -> list[Path]:
         """Write rows as parts; a warning says where they can't be written."""
         written: list[Path] = []
@@ -161,6 +173,7 @@ def _find_kept(folder: Path, encoder: Encoder, cache_dir: Path | None) -> Kept:
     key["folder"] = os.fsencode(os.path.realpath(folder)).hex()
     # As it comes back from a file.
     kept = Kept(cache_dir / f"folder-{fingerprint(key)}", json.loads(json.dumps(key)))
+    kept.remove_abandoned()
     kept.read()
     return kept
 
@@ -201,7 +214,9 @@ def embed_folder(
     prefix = os.path.join("" if str(Path(folder)) == "." else Path(folder), "")
     parts = [path.removeprefix(prefix) for path in paths]
     kept = _find_kept(Path(folder), encoder, cache_dir)
-    tell = all_tell_changes({os.path.dirname(path) for path in paths})
+    # A link's file may be on another file system than the link.
+    files = (os.path.realpath(path) if os.path.islink(path) else path for path in paths)
+    tell = all_tell_changes({os.path.dirname(file) for file in files})
     signed: dict[tuple[str, Any], Row] = {
         (row.path, row.signature): row for row in kept.rows if row.signature is not None
     }
@@ -223,7 +238,9 @@ def embed_folder(
         try:
             (digest, pixels), signature = find_out(paths[index], digest_and_pixels)
         except (ValueError, OSError) as error:
-            return ("", f"{paths[index]}: {getattr(error, 'strerror', None) or error}"), None
+            # The bytes are the file's.
+            reason = str(getattr(error, "strerror", None) or error).replace("What is given as bytes", "The file")
+            return ("", f"{paths[index]}: {reason}"), None
         return (digest, signature), pixels
 
     left_out: dict[str, str] = {}
