@@ -232,6 +232,20 @@ def test_damaged_rows_of_a_table(data, tmp_path):
     assert counts.items() <= report(tmp_path / "out").items()
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("image", 1e25), ("image", 0.0), ("text", 1e25)])
+def test_what_cant_be_normalised_is_refused(kind, factor, data, tmp_path, caplog):
+    """Of a vector whose squares overflow PyTorch makes zeros, without a word."""
+    model = DiffCLIPModel.from_pretrained(data / "model")
+    projection = {"image": model.visual_projection, "text": model.text_projection}[kind]
+    with torch.no_grad():
+        projection.weight.mul_(factor)
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    assert main(line(data / "shards", tmp_path / "out", tmp_path)) == 1
+    assert caplog.messages[-1].startswith(f"4 of 4 {kind} embeddings can't be L2-normalised: the norm of what")
+    assert not list((tmp_path / "out").rglob("*.npy"))
+
+
 # Going on -----------------------------------------------------------------------------------------------------------
 
 KILL = """

@@ -46,6 +46,8 @@ Parts = ShardParts | TableParts
 # A process may wait for as long as another has work; gloo counts in milliseconds, of which int32 holds 24 days.
 WAITS = timedelta(days=14)
 PART_ROWS = 10_000
+# Of a norm that float32 has made 1.
+UNIT_TOLERANCE = 1e-3
 # What tar shards have no use for.
 TABLE_OPTIONS = ("split", "image_column", "caption_column", "part_rows")
 
@@ -81,7 +83,7 @@ def write_part(parts: Parts, number: int, encoder: Encoder, output: EmbeddingPar
         bar: Shows how many rows are read.
 
     Raises:
-        ValueError: More rows or shards than allowed are broken, or an embedding isn't finite.
+        ValueError: More rows or shards than allowed are broken, or an embedding can't be normalised.
         OSError: It can't be written.
     """
     before, stamp, cut = parts.skipped.counts, parts.stamp(number), 0
@@ -110,16 +112,30 @@ def write_part(parts: Parts, number: int, encoder: Encoder, output: EmbeddingPar
         writer.finish({"stamp": stamp, "broken": parts.is_broken(number), "counts": counts | {"cut_captions": cut}})
 
 
+def _check_unit(embeds: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return embeddings, (rows, width); raise a ValueError where one isn't finite or hasn't the norm 1.
+
+    PyTorch normalises what is 0, or so large that the sum of its squares overflows, to zeros, which are finite.
+    """
+    norms = check_finite(embeds, kind).norm(dim=-1)
+    if bad := int(((norms - 1).abs() > UNIT_TOLERANCE).sum()):
+        raise ValueError(
+            f"{bad} of {len(embeds)} {kind} embeddings can't be L2-normalised: the norm of what the model returns "
+            "must be above 1e-12 and below 1.8e19, so its weights are broken, or its image processor's mean and std."
+        )
+    return embeds
+
+
 def _write_batch(
     pixels: torch.Tensor, rows: Sequence[dict[str, Any]], captions: bool, encoder: Encoder, writer: PartWriter
 ) -> int:
     """Embed and write a batch; return how many captions are cut to the model's length."""
-    embeds = {IMAGES: check_finite(encoder.embed_pixels(pixels), "image").numpy()}
+    embeds = {IMAGES: _check_unit(encoder.embed_pixels(pixels), "image").numpy()}
     cut = 0
     if captions:
         tokens, cut = encoder.tokenize([row["caption"] for row in rows])
         texts = torch.cat([encoder.embed_tokens(some) for some in tokens])
-        embeds[TEXTS] = check_finite(texts, "text").numpy()
+        embeds[TEXTS] = _check_unit(texts, "text").numpy()
     writer.add(embeds, rows)
     return cut
 

@@ -248,7 +248,7 @@ def locked(folder: Path) -> Iterator[None]:
             # As on Lustre that is mounted without locks.
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-            reason = error.strerror
+            reason = error.strerror or reason
     if file is None:
         logger.warning(
             "%s can't be locked (%s): see to it that only one command at a time writes there.", folder, reason
