@@ -137,10 +137,18 @@ def test_another_model_never_answers_from_kept_embeddings(search, processor):
     assert search()[1] == (0, 0)
 
 
-def test_identical_files_have_one_embedding(search, folder):
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_identical_files_are_embedded_once(batch_size, search, folder, model, processor):
     for name in ("x.png", "y.png", "z.png"):
         (folder / name).write_bytes((folder / "a.png").read_bytes())
-    index, _ = search(batch_size=3)
+    (folder / "xx.png").write_text("not a picture")
+    index, done = search(batch_size=batch_size)
+    assert done == (5, 9)
+    assert names(index, folder) == ["a.png", "b.PNG", "c.jpg", "d.webp", "sub/e.png", "x.png", "y.png", "z.png"]
+    pixels = processor(images=list(index.names), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        embeds = model.get_image_features(pixel_values=pixels).pooler_output
+    assert torch.allclose(index.embeds, embeds / embeds.norm(dim=1, keepdim=True), atol=1e-5)
     found = index.search(folder / "a.png", 4)
     assert [os.path.basename(name) for _, name in found] == ["a.png", "x.png", "y.png", "z.png"]
     assert len({score for score, _ in found}) == 1

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +196,39 @@ def _warn_of(left_out: Mapping[str, str], count: int) -> None:
         logger.warning("%d of %d pictures can't be read and are left out.", len(left_out), count)
 
 
+def _embedded(
+    encoder: Encoder, kept: Kept, paths: Sequence[str]
+) -> Iterator[tuple[int, tuple[str, Any], torch.Tensor | None]]:
+    """Return, one by one, each picture's index, what is known of its file, and its embedding.
+
+    That is the file's digest and signature; of one that can't be read "" and why. There's no embedding where one of
+    that digest is kept, or came before.
+    """
+    # What is embedded in this run isn't in the workers' copy, so they read its pixels again, in vain.
+    known, embedded = frozenset(kept.by_digest), set[str]()
+
+    def digest_and_pixels(path: str) -> tuple[str, torch.Tensor | None]:
+        content = Path(path).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        return digest, None if digest in known else pixel_values_of(encoder.processor.image_processor, content)
+
+    def read(path: str) -> tuple[tuple[str, Any], torch.Tensor | None]:
+        try:
+            (digest, pixels), signature = find_out(path, digest_and_pixels)
+        except (ValueError, OSError) as error:
+            # The bytes are the file's.
+            reason = str(getattr(error, "strerror", None) or error).replace("What is given as bytes", "The file")
+            return ("", f"{path}: {reason}"), None
+        return (digest, signature), pixels
+
+    def is_embedded(said: tuple[str, Any]) -> bool:
+        before = said[0] in embedded
+        embedded.add(said[0])
+        return before
+
+    return embed_pictures(encoder, paths, read, sendable=True, passed_over=is_embedded)
+
+
 def embed_folder(
     folder: str | os.PathLike, encoder: Encoder, cache_dir: Path | None
 ) -> tuple[list[str], torch.Tensor, dict[str, str]]:
@@ -226,27 +259,10 @@ def embed_folder(
         if (part, signature) in signed
     }
     unknown = [index for index in range(len(paths)) if index not in found]
-    # What is embedded in this run isn't in the workers' copy, which is right all the same.
-    known = set(kept.by_digest)
-
-    def digest_and_pixels(path: str) -> tuple[str, torch.Tensor | None]:
-        content = Path(path).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        return digest, None if digest in known else pixel_values_of(encoder.processor.image_processor, content)
-
-    def read(index: int) -> tuple[tuple[str, Any], torch.Tensor | None]:
-        try:
-            (digest, pixels), signature = find_out(paths[index], digest_and_pixels)
-        except (ValueError, OSError) as error:
-            # The bytes are the file's.
-            reason = str(getattr(error, "strerror", None) or error).replace("What is given as bytes", "The file")
-            return ("", f"{paths[index]}: {reason}"), None
-        return (digest, signature), pixels
-
     left_out: dict[str, str] = {}
     last = time.monotonic()
     try:
-        for place, (digest, said), embed in embed_pictures(encoder, unknown, read, sendable=True):
+        for place, (digest, said), embed in _embedded(encoder, kept, [paths[index] for index in unknown]):
             index = unknown[place]
             if not digest:
                 left_out[paths[index]] = said

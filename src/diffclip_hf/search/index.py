@@ -83,7 +83,9 @@ def _as_embeds(value: Any, argument: str) -> torch.Tensor | None:
         return None
     try:
         # torch takes no negative strides, and warns of what can't be written.
-        embeds = torch.as_tensor(np.require(value, requirements="CW") if isinstance(value, np.ndarray) else value)
+        embeds = torch.as_tensor(
+            np.require(value, requirements=["C", "W"]) if isinstance(value, np.ndarray) else value
+        )
     except TypeError:
         embeds = None
     if embeds is None or embeds.is_complex():
@@ -250,9 +252,10 @@ class ImageIndex:
             raise ValueError(f"There are {len(found)} names for {len(sources)} pictures.")
         if len(set(found)) < len(found):
             raise ValueError(f"The name {Counter(found).most_common(1)[0][0]!r} is given twice.")
-        rows, left_out = dict(enumerate(sources)), {}
         if embeds is None:
             rows, left_out = self._embed(sources, [f"{name!r:.200}" for name in found], skip_unreadable)
+        else:
+            rows, left_out = dict(enumerate(sources)), {}
         self._put(
             {found[index]: rows[index] for index in sorted(rows)},
             {found[index]: reason for index, reason in left_out.items()},
@@ -371,7 +374,7 @@ class ImageIndex:
         self._rows = dict(zip(names, embeds.unbind(), strict=True))
         self._snapshot = Snapshot(tuple(names), embeds, self._nearest)
 
-    def _put(self, rows: Mapping[str, torch.Tensor], left_out: Mapping[str, str]) -> None:
+    def _put(self, rows: Mapping[str, torch.Tensor], left_out: dict[str, str]) -> None:
         """Take embeddings, (width,), by their names, all or none, and what was left out of them, name → why."""
         with self._lock:
             width = len(next(iter(self._rows.values()))) if self._rows else None
