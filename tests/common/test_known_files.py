@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffclip_hf.common import known_files
-from diffclip_hf.common.known_files import known_values, tells_changes
+from diffclip_hf.common.known_files import known_value, known_values, tells_changes
 
 
 @pytest.fixture
@@ -71,6 +71,21 @@ def test_what_changed_just_now_or_is_elsewhere_is_read_each_time(tmp_path, read,
     monkeypatch.setattr(known_files, "_mounts", lambda: {"/": "ext4", str(tmp_path): "fuse.sshfs"})
     assert values([path], read) + values([path], read) == ["old", "old"]
     assert read == ["a"] * 4
+
+
+def test_a_link_to_a_file_elsewhere_is_read_each_time(tmp_path, read, monkeypatch):
+    """The link's own file system tells of changes, and that of its file doesn't."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "file")
+    (tmp_path / "near").write_text("old")
+    monkeypatch.setattr(known_files, "_mounts", lambda: {"/": "ext4", str(tmp_path / "far"): "fuse.sshfs"})
+    link, near = tmp_path / "link", tmp_path / "near"
+    for path in (link, near, link, near):
+        assert values([path], read) == ["old"]
+        found = known_value("one", str(path), [str(path)], lambda path=path: read.append(f"one {path.name}"))
+        assert found is None
+    assert read == ["link", "one link", "near", "one near", "link", "one link"]
 
 
 def test_file_systems_by_hand():

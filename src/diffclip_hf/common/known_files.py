@@ -73,6 +73,12 @@ def all_tell_changes(folders: set[str]) -> bool:
     return all(tells_changes(folder, mounts) for folder in folders)
 
 
+def _files_tell(paths: Sequence[str]) -> bool:
+    """Say whether the file systems of all these files do; a link's file may be on another than the link."""
+    files = (os.path.realpath(path) if os.path.islink(path) else path for path in paths)
+    return all_tell_changes({os.path.dirname(file) for file in files})
+
+
 def _place(kind: str, key: str) -> Path:
     return FOLDER / f"{kind}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
 
@@ -125,10 +131,9 @@ def known_values(
     """
     if not paths:
         return []
-    folders = {os.path.dirname(path) for path in paths}
-    if not all_tell_changes(folders):
+    if not _files_tell(paths):
         return [value for value, _ in _find_all(paths, compute, description)]
-    place = _place(kind, os.path.commonpath(list(folders)))
+    place = _place(kind, os.path.commonpath([os.path.dirname(path) for path in paths]))
     known = _known(_read_index(place), paths)
     if None not in known:
         return [value for _, value in known]
@@ -153,7 +158,7 @@ def known_value(kind: str, key: str, paths: Sequence[str], compute: Callable[[],
     Raises:
         OSError: A file isn't there.
     """
-    if not all_tell_changes({os.path.dirname(path) for path in paths}):
+    if not _files_tell(paths):
         return compute()
     place = _place(kind, key)
 
