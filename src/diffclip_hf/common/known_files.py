@@ -67,16 +67,14 @@ def tells_changes(folder: str, mounts: dict[str, str]) -> bool:
     return next((mounts[str(at)] for at in (place, *place.parents) if str(at) in mounts), None) in TELLING
 
 
-def all_tell_changes(folders: set[str]) -> bool:
-    """Say whether the file systems of all these folders set a file's ctime at each change."""
+def all_tell_changes(paths: Sequence[str]) -> bool:
+    """Say whether the file systems of all these files set their ctime at each change.
+
+    A link's file may be on another than the link.
+    """
     mounts = _mounts()
-    return all(tells_changes(folder, mounts) for folder in folders)
-
-
-def _files_tell(paths: Sequence[str]) -> bool:
-    """Say whether the file systems of all these files do; a link's file may be on another than the link."""
     files = (os.path.realpath(path) if os.path.islink(path) else path for path in paths)
-    return all_tell_changes({os.path.dirname(file) for file in files})
+    return all(tells_changes(folder, mounts) for folder in {os.path.dirname(file) for file in files})
 
 
 def _place(kind: str, key: str) -> Path:
@@ -131,7 +129,7 @@ def known_values(
     """
     if not paths:
         return []
-    if not _files_tell(paths):
+    if not all_tell_changes(paths):
         return [value for value, _ in _find_all(paths, compute, description)]
     place = _place(kind, os.path.commonpath([os.path.dirname(path) for path in paths]))
     known = _known(_read_index(place), paths)
@@ -158,7 +156,7 @@ def known_value(kind: str, key: str, paths: Sequence[str], compute: Callable[[],
     Raises:
         OSError: A file isn't there.
     """
-    if not _files_tell(paths):
+    if not all_tell_changes(paths):
         return compute()
     place = _place(kind, key)
 

@@ -247,9 +247,7 @@ def embed_folder(
     prefix = os.path.join("" if str(Path(folder)) == "." else Path(folder), "")
     parts = [path.removeprefix(prefix) for path in paths]
     kept = _find_kept(Path(folder), encoder, cache_dir)
-    # A link's file may be on another file system than the link.
-    files = (os.path.realpath(path) if os.path.islink(path) else path for path in paths)
-    tell = all_tell_changes({os.path.dirname(file) for file in files})
+    tell = all_tell_changes(paths)
     signed: dict[tuple[str, Any], Row] = {
         (row.path, row.signature): row for row in kept.rows if row.signature is not None
     }
