@@ -24,11 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 
 logger = logging.getLogger("speed_profile")
 OURS = "DiffCLIPModel"
+BUSY = "beside one busy process"
 # What a case is called, and how it runs: which tower or the training, batch, pixels or tokens.
 CASES = {
     "image tower, batch 1": ("image", 1, 224),
     "image tower, batch 8": ("image", 8, 224),
-    "image tower, batch 8, beside one busy process": ("image", 8, 224),
+    f"image tower, batch 8, {BUSY}": ("image", 8, 224),
     "image tower at 336 px, batch 1": ("image", 1, 336),
     "text tower, 8 × 77 tokens": ("text", 8, 77),
     "text tower, 64 × 12 tokens": ("text", 64, 12),
@@ -36,7 +37,6 @@ CASES = {
     "training step, batch 8": ("training", 8, 224),
     "training step, batch 16": ("training", 16, 224),
 }
-BUSY = "beside one busy process"
 # Rows of a table: the operators whose times differ most.
 MOST_ROWS = 14
 

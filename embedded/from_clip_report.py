@@ -53,9 +53,9 @@ def by_arm(content: dict[str, Any]) -> Groups:
 def shown(values: list[float], form: str = ".1f") -> str:
     """Return a mean with its deviation, where there are several values."""
     average, deviation = mean_and_deviation(values)
-    number = format(average, form).replace("-", "−")
-    if float(format(average, form)) == 0:
-        number = number.lstrip("+−")
+    number = format(average, form)
+    # Nothing has no sign.
+    number = number.lstrip("+-") if float(number) == 0 else number.replace("-", "−")
     return f"{number} ± {format(deviation, form.lstrip('+'))}" if len(values) > 1 else number
 
 

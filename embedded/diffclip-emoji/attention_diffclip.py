@@ -199,8 +199,8 @@ def differential_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Differential attention under any implementation of Transformers' attention interface.
 
-    `"sdpa"` is the fastest exact form: on the CPU block by block, or with kept maps in training (`keeps_maps`);
-    elsewhere, with dropout and in an exported graph, PyTorch's SDPA.
+    `"sdpa"` is the fastest exact form: on the CPU block by block, in training the formula or kept maps where they are
+    small enough (`has_small_maps`, `keeps_maps`); elsewhere, with dropout and in an exported graph, PyTorch's SDPA.
 
     The arguments and the output are those of `eager_differential_attention_forward`, but that a mask is what the
     implementation expects, and that `is_causal` says whether a query sees earlier tokens alone where no mask is given

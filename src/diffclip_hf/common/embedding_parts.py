@@ -290,6 +290,14 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 __all__ = [
-    *("IMAGES", "METADATA", "REPORT", "SETTINGS", "TEXTS"),
-    *("EmbeddingParts", "PartWriter", "begin", "check_place", "locked"),
+    "IMAGES",
+    "METADATA",
+    "REPORT",
+    "SETTINGS",
+    "TEXTS",
+    "EmbeddingParts",
+    "PartWriter",
+    "begin",
+    "check_place",
+    "locked",
 ]

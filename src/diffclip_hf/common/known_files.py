@@ -131,7 +131,7 @@ def known_values(
         return []
     if not all_tell_changes(paths):
         return [value for value, _ in _find_all(paths, compute, description)]
-    place = _place(kind, os.path.commonpath([os.path.dirname(path) for path in paths]))
+    place = _place(kind, os.path.commonpath(list({os.path.dirname(path) for path in paths})))
     known = _known(_read_index(place), paths)
     if None not in known:
         return [value for _, value in known]
